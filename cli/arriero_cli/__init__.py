@@ -1,0 +1,1 @@
+"""The command line: plan, up, chat and bench on one machine, no cluster needed."""
