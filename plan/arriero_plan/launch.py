@@ -1,7 +1,7 @@
 """The launch file: all that a worker pod is started with, besides its pod index.
 
-The operator mounts it from a ConfigMap, `arriero up` writes it to a run directory; `arriero-worker --launch FILE --pod-index I` reads it. One file
-serves every pod of a group.
+The operator mounts it from a ConfigMap, `arriero up` writes it to a run directory; `arriero-worker --launch FILE
+--pod-index I` reads it. One file serves every pod of a group.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class Layout(_Frozen):
         end = 0
         for i, stage in enumerate(self.stages):
             if stage.first_layer != end or stage.end_layer <= stage.first_layer:
-                raise ValueError(f"stage {i} runs layers [{stage.first_layer}, {stage.end_layer}), expected to begin at {end}")
+                raise ValueError(
+                    f"stage {i} runs layers [{stage.first_layer}, {stage.end_layer}), expected to begin at {end}"
+                )
             end = stage.end_layer
         return self
 
@@ -71,10 +73,16 @@ class EngineSettings(_Frozen):
     kv_blocks: int = Field(ge=1)
     max_running: int = Field(default=256, ge=1, description="sequences with a slot at once")
     max_waiting: int = Field(default=1024, ge=0, description="queued requests beyond which new ones are refused")
-    max_batch_tokens: int = Field(default=2048, ge=1, description="tokens of one step, prefill chunks and decodes together")
-    max_chunk_tokens: int = Field(default=0, ge=0, description="tokens of one sequence's prefill chunk; 0: only the budget")
+    max_batch_tokens: int = Field(
+        default=2048, ge=1, description="tokens of one step, prefill chunks and decodes together"
+    )
+    max_chunk_tokens: int = Field(
+        default=0, ge=0, description="tokens of one sequence's prefill chunk; 0: only the budget"
+    )
     prefix_cache: bool = True
-    queue_timeout_seconds: float = Field(default=0, ge=0, description="default for requests that bring none; 0: no limit")
+    queue_timeout_seconds: float = Field(
+        default=0, ge=0, description="default for requests that bring none; 0: no limit"
+    )
     run_timeout_seconds: float = Field(default=0, ge=0)
     threads: int = Field(default=1, ge=1, description="CPU threads of one rank")
 
