@@ -177,7 +177,7 @@ def _token_ids(read: ConfigReader, name: str, vocab: int, default: int) -> tuple
 
 
 def _rope(read: ConfigReader) -> tuple[float, Llama3RopeScaling | None]:
-    """The base and the scaling, from `rope_parameters` or, as transformers 4 spells it, `rope_theta` and `rope_scaling`."""
+    """The base and the scaling, from `rope_parameters`, or `rope_theta` and `rope_scaling` of transformers 4."""
     section = "rope_parameters" if read.get("rope_parameters") is not None else "rope_scaling"
     value = read.get(section)
     if value is None:
