@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -96,4 +97,10 @@ def _names(section: ConfigReader, name: str) -> tuple[str, ...]:
         return ()
     if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
         raise section.error(f"quantization_config.{name} is {value!r}: expected a list of names")
+    for entry in value:
+        if entry.startswith("re:"):
+            try:
+                re.compile(entry[3:])
+            except re.error as error:
+                raise section.error(f"quantization_config.{name} has {entry!r}, no valid pattern: {error}") from error
     return tuple(value)

@@ -20,7 +20,7 @@ CheckpointDtype = Literal["float32", "float16", "bfloat16"]
 
 _ARCHITECTURE = "LlamaForCausalLM"
 _DTYPES: tuple[CheckpointDtype, ...] = ("float32", "float16", "bfloat16")
-_MAX_LAYERS = 10_000
+_MAX_LAYERS = 1000
 
 
 @dataclass(frozen=True, slots=True)
