@@ -26,7 +26,7 @@ _BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1, "int8": 1}
 MIB = 1 << 20
 
 DEVICE_BYTES = {"H100-80GB": 81_000 * MIB, "H200-141GB": 143_156 * MIB}
-"""What CUDA offers on an empty device, 79.1 and 139.8 GiB: nvidia-smi shows up to 0.6 GiB more, the driver's own share."""
+"""What CUDA offers on an empty device, 79.1 and 139.8 GiB; nvidia-smi shows the driver's own 0.6 GiB on top."""
 
 CUDA_CONTEXT_BYTES = int(0.6 * GIB)
 """One process's CUDA context, loaded kernels and cuBLAS workspaces."""
