@@ -1,4 +1,6 @@
-"""Generate the Python code of proto/ in place. `make proto` runs it; a test runs it into a scratch directory and compares."""
+"""Generate the Python code of proto/ in place. `make proto` runs it; a test runs it into a scratch directory and
+compares.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def generate(out: Path) -> None:
-    """Write *_pb2.py, *_pb2.pyi and *_pb2_grpc.py for every .proto file below `out`. Raises SystemExit on a bad schema."""
+    """Write *_pb2.py, *_pb2.pyi and *_pb2_grpc.py for every .proto file below `out`. Raises SystemExit on a bad
+    schema.
+    """
     sources = sorted(str(path.relative_to(ROOT / "proto")) for path in (ROOT / "proto").rglob("*.proto"))
     include = str(resources.files("grpc_tools") / "_proto")
     arguments = ["protoc", f"-I{ROOT / 'proto'}", f"-I{include}"]

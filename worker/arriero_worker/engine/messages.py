@@ -20,8 +20,8 @@ Phase = Literal["Starting", "Loading", "Warming", "Joining", "Serving", "Drainin
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """How the next token of one sequence is chosen: a pure function of (logits, these, seed, position).
 
-    Filters apply in this order: repetition, presence and frequency penalties, `logit_bias`, the ban on stop tokens before
-    `min_tokens`, temperature, `top_k`, `top_p`, `min_p`.
+    Filters apply in this order: repetition, presence and frequency penalties, `logit_bias`, the ban on stop tokens
+    before `min_tokens`, temperature, `top_k`, `top_p`, `min_p`.
     """
 
     max_tokens: int

@@ -11,14 +11,17 @@ import torch
 
 
 class GroupAborted(Exception):
-    """The epoch ended under a running step (a rank was lost or the leader said so). Weights stay; the rank joins again."""
+    """The epoch ended under a running step (a rank was lost or the leader said so). Weights stay; the rank joins
+    again.
+    """
 
 
 class Communicator(Protocol):
     """Every call may raise `GroupAborted`. Ranks of a group make the same calls in the same order."""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum over the tensor ranks of this stage, in place where possible. x: contiguous, any shape, float32 or bfloat16.
+        """Sum over the tensor ranks of this stage, in place where possible. x: contiguous, any shape, float32 or
+        bfloat16.
 
         Every rank gets the same bits: the sum runs in rank order, in float32.
         """

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!arriero/inference/v1/worker.proto\x12\x14\x61rriero.inference.v1\"\xb4\x02\n\x0bJoinRequest\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.arriero.inference.v1.HelloH\x00\x12,\n\x05ready\x18\x02 \x01(\x0b\x32\x1b.arriero.inference.v1.ReadyH\x00\x12\x32\n\x06status\x18\x03 \x01(\x0b\x32 .arriero.inference.v1.RankStatusH\x00\x12.\n\x06\x62roken\x18\x04 \x01(\x0b\x32\x1c.arriero.inference.v1.BrokenH\x00\x12.\n\x06\x66ormed\x18\x05 \x01(\x0b\x32\x1c.arriero.inference.v1.FormedH\x00\x12,\n\x05leave\x18\x06 \x01(\x0b\x32\x1b.arriero.inference.v1.LeaveH\x00\x42\x07\n\x05\x65vent\"H\n\x05Hello\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x15\n\rlaunch_digest\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\"\x1f\n\x05Ready\x12\x16\n\x0eweights_digest\x18\x01 \x01(\t\"\'\n\x06\x42roken\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x17\n\x06\x46ormed\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x1e\n\x05Leave\x12\x15\n\rgrace_seconds\x18\x01 \x01(\x01\"\xaa\x01\n\x0cJoinResponse\x12*\n\x04\x66orm\x18\x01 \x01(\x0b\x32\x1a.arriero.inference.v1.FormH\x00\x12\x31\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32 .arriero.inference.v1.AbortEpochH\x00\x12\x30\n\x07release\x18\x03 \x01(\x0b\x32\x1d.arriero.inference.v1.ReleaseH\x00\x42\t\n\x07\x63ommand\"$\n\x04\x46orm\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05store\x18\x02 \x01(\t\"+\n\nAbortEpoch\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\t\n\x07Release\"(\n\nRunRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0b\n\x03pod\x18\x02 \x01(\r\"8\n\x0bRunResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0c\n\x04plan\x18\x03 \x01(\x0c\"\x1d\n\rStatusRequest\x12\x0c\n\x04once\x18\x01 \x01(\x08\"\xed\x01\n\x0eStatusResponse\x12*\n\x05phase\x18\x01 \x01(\x0e\x32\x1b.arriero.inference.v1.Phase\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12/\n\x05ranks\x18\x03 \x03(\x0b\x32 .arriero.inference.v1.RankStatus\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0f\n\x07waiting\x18\x05 \x01(\r\x12\x11\n\tkv_blocks\x18\x06 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x07 \x01(\r\x12\x12\n\nrecoveries\x18\x08 \x01(\r\x12\x0e\n\x06reason\x18\t \x01(\t\"\xd8\x01\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0b\n\x03pod\x18\x02 \x01(\r\x12*\n\x05phase\x18\x03 \x01(\x0e\x32\x1b.arriero.inference.v1.Phase\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x0c\n\x04step\x18\x05 \x01(\x04\x12\x14\n\x0c\x62ytes_loaded\x18\x06 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x07 \x01(\x04\x12\x14\n\x0cmemory_bytes\x18\x08 \x01(\x04\x12\x0e\n\x06reason\x18\t \x01(\t\x12\x15\n\rphase_seconds\x18\n \x01(\x01\"\'\n\x0c\x44rainRequest\x12\x17\n\x0ftimeout_seconds\x18\x01 \x01(\x01\"\"\n\rDrainResponse\x12\x11\n\tremaining\x18\x01 \x01(\r*\xa4\x01\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x12\n\x0ePHASE_STARTING\x10\x01\x12\x11\n\rPHASE_LOADING\x10\x02\x12\x11\n\rPHASE_WARMING\x10\x03\x12\x11\n\rPHASE_JOINING\x10\x04\x12\x11\n\rPHASE_SERVING\x10\x05\x12\x12\n\x0ePHASE_DRAINING\x10\x06\x12\x10\n\x0cPHASE_FAILED\x10\x07\x32\xd4\x02\n\x06Worker\x12Q\n\x04Join\x12!.arriero.inference.v1.JoinRequest\x1a\".arriero.inference.v1.JoinResponse(\x01\x30\x01\x12L\n\x03Run\x12 .arriero.inference.v1.RunRequest\x1a!.arriero.inference.v1.RunResponse0\x01\x12U\n\x06Status\x12#.arriero.inference.v1.StatusRequest\x1a$.arriero.inference.v1.StatusResponse0\x01\x12R\n\x05\x44rain\x12\".arriero.inference.v1.DrainRequest\x1a#.arriero.inference.v1.DrainResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!arriero/inference/v1/worker.proto\x12\x14\x61rriero.inference.v1\"\xb4\x02\n\x0bJoinRequest\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.arriero.inference.v1.HelloH\x00\x12,\n\x05ready\x18\x02 \x01(\x0b\x32\x1b.arriero.inference.v1.ReadyH\x00\x12\x32\n\x06status\x18\x03 \x01(\x0b\x32 .arriero.inference.v1.RankStatusH\x00\x12.\n\x06\x62roken\x18\x04 \x01(\x0b\x32\x1c.arriero.inference.v1.BrokenH\x00\x12.\n\x06\x66ormed\x18\x05 \x01(\x0b\x32\x1c.arriero.inference.v1.FormedH\x00\x12,\n\x05leave\x18\x06 \x01(\x0b\x32\x1b.arriero.inference.v1.LeaveH\x00\x42\x07\n\x05\x65vent\"H\n\x05Hello\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x15\n\rlaunch_digest\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\"\x1f\n\x05Ready\x12\x16\n\x0eweights_digest\x18\x01 \x01(\t\"\'\n\x06\x42roken\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x17\n\x06\x46ormed\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x1e\n\x05Leave\x12\x15\n\rgrace_seconds\x18\x01 \x01(\x01\"\xde\x01\n\x0cJoinResponse\x12*\n\x04\x66orm\x18\x01 \x01(\x0b\x32\x1a.arriero.inference.v1.FormH\x00\x12\x31\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32 .arriero.inference.v1.AbortEpochH\x00\x12\x30\n\x07release\x18\x03 \x01(\x0b\x32\x1d.arriero.inference.v1.ReleaseH\x00\x12\x32\n\x05\x64rain\x18\x04 \x01(\x0b\x32!.arriero.inference.v1.SetDrainingH\x00\x42\t\n\x07\x63ommand\"$\n\x04\x46orm\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\r\n\x05store\x18\x02 \x01(\t\"+\n\nAbortEpoch\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\t\n\x07Release\"\x1f\n\x0bSetDraining\x12\x10\n\x08\x64raining\x18\x01 \x01(\x08\"(\n\nRunRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0b\n\x03pod\x18\x02 \x01(\r\"8\n\x0bRunResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0c\n\x04plan\x18\x03 \x01(\x0c\"\x1d\n\rStatusRequest\x12\x0c\n\x04once\x18\x01 \x01(\x08\"\xed\x01\n\x0eStatusResponse\x12*\n\x05phase\x18\x01 \x01(\x0e\x32\x1b.arriero.inference.v1.Phase\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12/\n\x05ranks\x18\x03 \x03(\x0b\x32 .arriero.inference.v1.RankStatus\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0f\n\x07waiting\x18\x05 \x01(\r\x12\x11\n\tkv_blocks\x18\x06 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x07 \x01(\r\x12\x12\n\nrecoveries\x18\x08 \x01(\r\x12\x0e\n\x06reason\x18\t \x01(\t\"\xd8\x01\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0b\n\x03pod\x18\x02 \x01(\r\x12*\n\x05phase\x18\x03 \x01(\x0e\x32\x1b.arriero.inference.v1.Phase\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x0c\n\x04step\x18\x05 \x01(\x04\x12\x14\n\x0c\x62ytes_loaded\x18\x06 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x07 \x01(\x04\x12\x14\n\x0cmemory_bytes\x18\x08 \x01(\x04\x12\x0e\n\x06reason\x18\t \x01(\t\x12\x15\n\rphase_seconds\x18\n \x01(\x01\"\'\n\x0c\x44rainRequest\x12\x17\n\x0ftimeout_seconds\x18\x01 \x01(\x01\"\"\n\rDrainResponse\x12\x11\n\tremaining\x18\x01 \x01(\r*\xa4\x01\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x12\n\x0ePHASE_STARTING\x10\x01\x12\x11\n\rPHASE_LOADING\x10\x02\x12\x11\n\rPHASE_WARMING\x10\x03\x12\x11\n\rPHASE_JOINING\x10\x04\x12\x11\n\rPHASE_SERVING\x10\x05\x12\x12\n\x0ePHASE_DRAINING\x10\x06\x12\x10\n\x0cPHASE_FAILED\x10\x07\x32\xd4\x02\n\x06Worker\x12Q\n\x04Join\x12!.arriero.inference.v1.JoinRequest\x1a\".arriero.inference.v1.JoinResponse(\x01\x30\x01\x12L\n\x03Run\x12 .arriero.inference.v1.RunRequest\x1a!.arriero.inference.v1.RunResponse0\x01\x12U\n\x06Status\x12#.arriero.inference.v1.StatusRequest\x1a$.arriero.inference.v1.StatusResponse0\x01\x12R\n\x05\x44rain\x12\".arriero.inference.v1.DrainRequest\x1a#.arriero.inference.v1.DrainResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'arriero.inference.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PHASE']._serialized_start=1510
-  _globals['_PHASE']._serialized_end=1674
+  _globals['_PHASE']._serialized_start=1595
+  _globals['_PHASE']._serialized_end=1759
   _globals['_JOINREQUEST']._serialized_start=60
   _globals['_JOINREQUEST']._serialized_end=368
   _globals['_HELLO']._serialized_start=370
@@ -46,27 +46,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LEAVE']._serialized_start=543
   _globals['_LEAVE']._serialized_end=573
   _globals['_JOINRESPONSE']._serialized_start=576
-  _globals['_JOINRESPONSE']._serialized_end=746
-  _globals['_FORM']._serialized_start=748
-  _globals['_FORM']._serialized_end=784
-  _globals['_ABORTEPOCH']._serialized_start=786
-  _globals['_ABORTEPOCH']._serialized_end=829
-  _globals['_RELEASE']._serialized_start=831
-  _globals['_RELEASE']._serialized_end=840
-  _globals['_RUNREQUEST']._serialized_start=842
-  _globals['_RUNREQUEST']._serialized_end=882
-  _globals['_RUNRESPONSE']._serialized_start=884
-  _globals['_RUNRESPONSE']._serialized_end=940
-  _globals['_STATUSREQUEST']._serialized_start=942
-  _globals['_STATUSREQUEST']._serialized_end=971
-  _globals['_STATUSRESPONSE']._serialized_start=974
-  _globals['_STATUSRESPONSE']._serialized_end=1211
-  _globals['_RANKSTATUS']._serialized_start=1214
-  _globals['_RANKSTATUS']._serialized_end=1430
-  _globals['_DRAINREQUEST']._serialized_start=1432
-  _globals['_DRAINREQUEST']._serialized_end=1471
-  _globals['_DRAINRESPONSE']._serialized_start=1473
-  _globals['_DRAINRESPONSE']._serialized_end=1507
-  _globals['_WORKER']._serialized_start=1677
-  _globals['_WORKER']._serialized_end=2017
+  _globals['_JOINRESPONSE']._serialized_end=798
+  _globals['_FORM']._serialized_start=800
+  _globals['_FORM']._serialized_end=836
+  _globals['_ABORTEPOCH']._serialized_start=838
+  _globals['_ABORTEPOCH']._serialized_end=881
+  _globals['_RELEASE']._serialized_start=883
+  _globals['_RELEASE']._serialized_end=892
+  _globals['_SETDRAINING']._serialized_start=894
+  _globals['_SETDRAINING']._serialized_end=925
+  _globals['_RUNREQUEST']._serialized_start=927
+  _globals['_RUNREQUEST']._serialized_end=967
+  _globals['_RUNRESPONSE']._serialized_start=969
+  _globals['_RUNRESPONSE']._serialized_end=1025
+  _globals['_STATUSREQUEST']._serialized_start=1027
+  _globals['_STATUSREQUEST']._serialized_end=1056
+  _globals['_STATUSRESPONSE']._serialized_start=1059
+  _globals['_STATUSRESPONSE']._serialized_end=1296
+  _globals['_RANKSTATUS']._serialized_start=1299
+  _globals['_RANKSTATUS']._serialized_end=1515
+  _globals['_DRAINREQUEST']._serialized_start=1517
+  _globals['_DRAINREQUEST']._serialized_end=1556
+  _globals['_DRAINRESPONSE']._serialized_start=1558
+  _globals['_DRAINRESPONSE']._serialized_end=1592
+  _globals['_WORKER']._serialized_start=1762
+  _globals['_WORKER']._serialized_end=2102
 # @@protoc_insertion_point(module_scope)

@@ -81,14 +81,16 @@ class Leave(_message.Message):
     def __init__(self, grace_seconds: _Optional[float] = ...) -> None: ...
 
 class JoinResponse(_message.Message):
-    __slots__ = ("form", "abort", "release")
+    __slots__ = ("form", "abort", "release", "drain")
     FORM_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_FIELD_NUMBER: _ClassVar[int]
     form: Form
     abort: AbortEpoch
     release: Release
-    def __init__(self, form: _Optional[_Union[Form, _Mapping]] = ..., abort: _Optional[_Union[AbortEpoch, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ...) -> None: ...
+    drain: SetDraining
+    def __init__(self, form: _Optional[_Union[Form, _Mapping]] = ..., abort: _Optional[_Union[AbortEpoch, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., drain: _Optional[_Union[SetDraining, _Mapping]] = ...) -> None: ...
 
 class Form(_message.Message):
     __slots__ = ("epoch", "store")
@@ -109,6 +111,12 @@ class AbortEpoch(_message.Message):
 class Release(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class SetDraining(_message.Message):
+    __slots__ = ("draining",)
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    draining: bool
+    def __init__(self, draining: _Optional[bool] = ...) -> None: ...
 
 class RunRequest(_message.Message):
     __slots__ = ("epoch", "pod")

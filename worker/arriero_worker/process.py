@@ -1,0 +1,32 @@
+"""What every process of a worker does first: one log format, and an end when its parent ends."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def set_up_logging(level: str) -> None:
+    """One line per record on standard error."""
+    logging.basicConfig(
+        level=level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname).1s %(name)s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends (prctl(2)), so that nothing outlives a killed
+    supervisor.
+    """
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
