@@ -1,12 +1,12 @@
 """The step plan: what the scheduler on the leader asks of every rank, and what it gets back.
 
-A running sequence has a *slot* on every rank: a row of the batch state (tokens, block table, sampling parameters) that is
-sent once, when the sequence is admitted, and only extended afterwards. A decode needs nothing per sequence but its slot: the token
-it feeds is the one its rank sampled last for that slot, which the scheduler need not know yet. So step n+1 is planned while
-step n runs.
+A running sequence has a *slot* on every rank: a row of the batch state (tokens, block table, sampling parameters)
+that is sent once, when the sequence is admitted, and only extended afterwards. A decode needs nothing per sequence
+but its slot: the token it feeds is the one its rank sampled last for that slot, which the scheduler need not know
+yet. So step n+1 is planned while step n runs.
 
-A plan is encoded once (msgpack) and the same bytes go to the ranks of the leader's pod through shared memory and to every other pod
-over gRPC; all ranks of a group run the same revision of this package (checked when they join).
+A plan is encoded once (msgpack) and the same bytes go to the ranks of the leader's pod through shared memory and to
+every other pod over gRPC; all ranks of a group run the same revision of this package (checked when they join).
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class Admit(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True):
-    """Compute the KV of tokens [start, start + length) of a slot; `sample` where the last of them is the last known token."""
+    """Compute the KV of tokens [start, start + length) of a slot; `sample` where the last of them is the last known
+    token.
+    """
 
     slot: int
     start: int
@@ -44,12 +46,14 @@ class Grow(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepPlan(msgspec.Struct, array_like=True):
-    """One micro-batch through all stages. Ranks apply `admits`, then `grows`, then run `chunks` and `decodes` as one batch.
+    """One micro-batch through all stages. Ranks apply `admits`, then `grows`, then run `chunks` and `decodes` as one
+    batch.
 
-    `decodes` holds little-endian int32 slots. Each decodes one token: position p = tokens of the slot so far - 1; its KV goes to
-    block p // block_size; then a token is sampled at position p + 1 and appended to the slot. Slots of `chunks` with `sample`
-    are sampled likewise. The batch order, and the order of sampled tokens in `StepResult`, is: `chunks` with `sample`, in order, then `decodes`.
-    With several stages, a step may feed tokens sampled by steps up to `step - pipeline`, never later ones.
+    `decodes` holds little-endian int32 slots. Each decodes one token: position p = tokens of the slot so far - 1;
+    its KV goes to block p // block_size; then a token is sampled at position p + 1 and appended to the slot. Slots
+    of `chunks` with `sample` are sampled likewise. The batch order, and the order of sampled tokens in `StepResult`,
+    is: `chunks` with `sample`, in order, then `decodes`. With several stages, a step may feed tokens sampled by
+    steps up to `step - pipeline`, never later ones.
     """
 
     step: int
@@ -60,7 +64,9 @@ class StepPlan(msgspec.Struct, array_like=True):
 
 
 class SampledLogprobs(msgspec.Struct, array_like=True):
-    """Log-probabilities of one sampled token or prompt position; `index` counts the step's sampled tokens (or prompt positions)."""
+    """Log-probabilities of one sampled token or prompt position; `index` counts the step's sampled tokens (or prompt
+    positions).
+    """
 
     index: int
     token: int

@@ -1,0 +1,68 @@
+"""The prefix cache as sequences see it: what of theirs is there, what they add, and what is worth waiting for."""
+
+from __future__ import annotations
+
+from arriero_worker.engine.blocks import BlockPool, extend_keys
+from arriero_worker.engine.sequence import Sequence
+
+
+class Prefixes:
+    """Matches and publishes the full blocks of sequences in a `BlockPool`. Switched off, it finds and adds nothing."""
+
+    __slots__ = ("_block_size", "_enabled", "_pool", "_promised")
+
+    def __init__(self, pool: BlockPool, block_size: int, enabled: bool) -> None:
+        self._pool, self._block_size, self._enabled = pool, block_size, enabled
+        self._promised: dict[bytes, Sequence] = {}
+        """Keys of blocks that sequences in prefill will publish."""
+
+    def reset(self) -> None:
+        self._promised.clear()
+
+    def match(self, sequence: Sequence) -> list[int] | None:
+        """Its cached blocks, or None where waiting a step or so will bring many more.
+
+        At least one token is left to compute: its logits choose the next. Where one that goes before it is just
+        computing most of what it lacks (the same prompt, sampled several times), it waits for these blocks instead of
+        computing them too. The first of all sequences waits for nobody.
+        """
+        if not self._enabled:
+            return []
+        size, tokens, keys = self._block_size, sequence.tokens, sequence.keys
+        extend_keys(keys, tokens, size, len(tokens) // size, sequence.salt)
+        if sequence.wants_prompt_logprobs:
+            return []
+        limit = (len(tokens) - 1) // size
+        cached = self._pool.match(keys, limit)
+        coming = 0
+        for key in keys[len(cached) : limit]:
+            owner = self._promised.get(key)
+            if owner is None or owner.order > sequence.order:
+                break
+            coming += 1
+        return None if 2 * coming * size > len(tokens) - len(cached) * size else cached
+
+    def promise(self, sequence: Sequence) -> None:
+        """It was admitted and will compute what it did not find."""
+        for key in sequence.keys[sequence.published :]:
+            self._promised.setdefault(key, sequence)
+
+    def publish(self, sequence: Sequence) -> None:
+        """Offer its full blocks to others, from the next step on: every rank runs the steps in order."""
+        if not self._enabled:
+            return
+        start, stop = sequence.published, sequence.full_blocks(self._block_size)
+        extend_keys(sequence.keys, sequence.tokens, self._block_size, stop, sequence.salt)
+        self._pool.publish(sequence.keys, sequence.blocks, start, stop)
+        sequence.published = stop
+        self._forget(sequence, sequence.keys[start:stop])
+
+    def abandon(self, sequence: Sequence) -> None:
+        """It leaves its slot: what it has not published it will not."""
+        self._forget(sequence, sequence.keys[sequence.published :])
+
+    def _forget(self, sequence: Sequence, keys: list[bytes]) -> None:
+        if self._promised:
+            for key in keys:
+                if self._promised.get(key) is sequence:
+                    del self._promised[key]
