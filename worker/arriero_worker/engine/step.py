@@ -52,8 +52,15 @@ class StepPlan(msgspec.Struct, array_like=True):
     `decodes` holds little-endian int32 slots. Each decodes one token: position p = tokens of the slot so far - 1;
     its KV goes to block p // block_size; then a token is sampled at position p + 1 and appended to the slot. Slots
     of `chunks` with `sample` are sampled likewise. The batch order, and the order of sampled tokens in `StepResult`,
-    is: `chunks` with `sample`, in order, then `decodes`. With several stages, a step may feed tokens sampled by
-    steps up to `step - pipeline`, never later ones.
+    is: `chunks` with `sample`, in order, then `decodes`.
+
+    Step numbers rise; some are left out. Before a rank of the first stage runs step n it must have the results of all
+    plans issued with a step <= n - `pipeline`, and it needs no later one: decodes feed only tokens sampled by those. (The
+    chunks of one sequence need no results and may be in consecutive steps.) At most `pipeline` + 1 plans are in flight.
+
+    Every rank runs the steps in order. So a block may be given to another sequence while a step that writes it for the
+    old one is in flight. A slot is more careful: where step m admits it, no step after m - `pipeline` ran its old
+    sequence, so all results of the old one are in before the new one comes.
     """
 
     step: int
@@ -83,4 +90,5 @@ class StepResult(msgspec.Struct, array_like=True):
     tokens: list[int]
     logprobs: list[SampledLogprobs] = []
     prompt_logprobs: list[tuple[int, list[SampledLogprobs]]] = []
-    """(slot, positions start + 1 .. of its chunk in order): log-probabilities of prompt tokens."""
+    """(slot, positions start + 1 to min(start + length, prompt length - 1) of its chunk, in order): log-probabilities
+    of prompt tokens."""
