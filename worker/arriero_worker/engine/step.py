@@ -55,8 +55,9 @@ class StepPlan(msgspec.Struct, array_like=True):
     is: `chunks` with `sample`, in order, then `decodes`.
 
     Step numbers rise; some are left out. Before a rank of the first stage runs step n it must have the results of all
-    plans issued with a step <= n - `pipeline`, and it needs no later one: decodes feed only tokens sampled by those. (The
-    chunks of one sequence need no results and may be in consecutive steps.) At most `pipeline` + 1 plans are in flight.
+    plans issued with a step <= n - `pipeline`, and it needs no later one: decodes feed only tokens sampled by those.
+    (The chunks of one sequence need no results and may be in consecutive steps.) At most `pipeline` + 1 plans are in
+    flight.
 
     Every rank runs the steps in order. So a block may be given to another sequence while a step that writes it for the
     old one is in flight. A slot is more careful: where step m admits it, no step after m - `pipeline` ran its old
