@@ -30,7 +30,7 @@ def _config(
     }
     end: int | list[int] = 128001
     if instruct:
-        end = [128001, 128009] if rope_factor is None else [128001, 128008, 128009]
+        end = 128009 if rope_factor is None else [128001, 128008, 128009]
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -74,6 +74,8 @@ _BASE: dict[str, dict[str, Any]] = {
     "Llama-3.3-70B": {"hidden": 8192, "layers": 80, "heads": 64, "inner": 28672, "rope_factor": 8.0},
 }
 
+_INSTRUCT_ONLY = {"Llama-3.3-70B"}
+
 # Names that a hub repository or its older name differ by.
 _NAMES = {name: name for name in _BASE} | {
     f"Meta-{name}": name for name in ("Llama-3.1-8B", "Llama-3.1-70B", "Llama-3.1-405B")
@@ -86,9 +88,12 @@ def known_config(name: str) -> dict[str, Any] | None:
         return None
     short = name.removeprefix(_ORGANISATION)
     base = _NAMES.get(short.removesuffix("-Instruct"))
-    return None if base is None else _config(**_BASE[base], instruct=short.endswith("-Instruct"))
+    if base is None or short in _INSTRUCT_ONLY:
+        return None
+    return _config(**_BASE[base], instruct=short.endswith("-Instruct"))
 
 
 def known_names() -> list[str]:
     """Every name that known_config knows."""
-    return [f"{_ORGANISATION}{name}{suffix}" for name in _NAMES for suffix in ("", "-Instruct")]
+    names = [f"{name}{suffix}" for name in _NAMES for suffix in ("", "-Instruct")]
+    return [_ORGANISATION + name for name in names if name not in _INSTRUCT_ONLY]
