@@ -5,7 +5,6 @@ who wait in it.
 import multiprocessing
 import os
 import signal
-import socket
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -14,39 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from arriero_plan.launch import EngineSettings, Launch, Layout, Pod, Stage
+from arriero_plan.launch import Launch
 from arriero_worker.group.comm import GroupAborted
 from arriero_worker.group.data import GroupData
 from arriero_worker.group.memory import SLOT_BYTES, PodMemory
+from tests.worker.group.groups import launch_of
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["arriero_worker.group.data"])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def launch(tensor: int, pipeline: int, ranks_per_pod: int) -> Launch:
-    port = free_port()
-    world = tensor * pipeline
-    pods = [
-        Pod(host="127.0.0.1", ranks=tuple(range(first, first + ranks_per_pod)), store_port=port)
-        for first in range(0, world, ranks_per_pod)
-    ]
-    stages = tuple(Stage(first_layer=i, end_layer=i + 1) for i in range(pipeline))
-    return Launch(
-        deployment="d",
-        group="g",
-        model_path="/nowhere",
-        served_names=("m",),
-        layout=Layout(tensor=tensor, pipeline=pipeline, stages=stages),
-        pods=tuple(pods),
-        engine=EngineSettings(dtype="float32", max_context=16, kv_blocks=1),
-        run_directory="/nowhere",
-    )
 
 
 def rank_main(group: Launch, rank: int, memory: str, epoch: int, body: Callable[..., Any], pipe: Connection) -> None:
@@ -117,7 +91,7 @@ def collect(data: GroupData, rank: int, pipe: Connection) -> list[bytes]:
 
 @pytest.mark.parametrize(("tensor", "per_pod"), [(2, 2), (4, 4), (2, 1)])
 def test_every_rank_gets_the_same_sum_in_rank_order(start: Any, tensor: int, per_pod: int) -> None:
-    ranks = start(launch(tensor, 1, per_pod), collect)
+    ranks = start(launch_of(tensor=tensor, pipeline=1, ranks_per_pod=per_pod), collect)
     answers = [ranks.answer(rank) for rank in range(tensor)]
     expected = []
     for size in (1, 7, 2048, SLOT_BYTES // 4 + 5):
@@ -157,7 +131,7 @@ def pass_on(data: GroupData, rank: int, pipe: Connection) -> list[float]:
 
 
 def test_hidden_states_go_down_and_results_come_back_in_order(start: Any) -> None:
-    ranks = start(launch(1, 3, 1), pass_on)
+    ranks = start(launch_of(tensor=1, pipeline=3, ranks_per_pod=1), pass_on)
     assert ranks.answer(0) == list(range(12))
     assert ranks.answer(1) == ranks.answer(2) == []
 
@@ -171,7 +145,7 @@ def wait_for_ever(data: GroupData, rank: int, pipe: Connection) -> None:
 
 
 def test_a_killed_rank_ends_waits_on_its_connections(start: Any) -> None:
-    group = launch(1, 2, 1)
+    group = launch_of(tensor=1, pipeline=2, ranks_per_pod=1)
     ranks = start(group, wait_for_ever)
     assert [ranks.answer(rank) for rank in range(2)] == ["waiting"] * 2
     os.kill(ranks.processes[1].pid, signal.SIGKILL)
@@ -187,7 +161,7 @@ def reduce_alone(data: GroupData, rank: int, pipe: Connection) -> None:
 
 
 def test_the_abort_word_ends_waits_in_shared_memory(start: Any) -> None:
-    ranks = start(launch(2, 1, 2), reduce_alone)
+    ranks = start(launch_of(tensor=2, pipeline=1, ranks_per_pod=2), reduce_alone)
     assert [ranks.answer(rank) for rank in range(2)] == ["waiting"] * 2
     PodMemory(PodMemory.path_of(ranks.memories[0]), 2).abort_epoch(1)
     assert isinstance(ranks.answer(0), GroupAborted)

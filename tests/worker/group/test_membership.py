@@ -107,11 +107,14 @@ def test_a_changed_checkpoint_is_refused() -> None:
 def test_who_asks_to_leave_goes_when_nothing_runs_or_its_grace_is_over() -> None:
     members = formed(2)
     members.leave(1, grace_seconds=3, now=0)
+    members.leave(0, grace_seconds=4, now=0)
     assert members.leaving
     assert members.tick(1, idle=False) == []
-    assert members.tick(1, idle=True) == [Release(1)]
     assert members.tick(3, idle=False) == [Release(1)]
+    assert members.tick(3, idle=True) == [Release(0)]
+    assert members.tick(4, idle=True) == []
     members.lost(1, "left")
+    members.lost(0, "left")
     assert not members.leaving
 
 

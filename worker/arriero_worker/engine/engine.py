@@ -9,6 +9,7 @@ recomputed from their tokens.
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
@@ -130,8 +131,6 @@ class Engine:
         except Exception:
             # A leader without its loop is lost: end the process, and the supervisor starts it again.
             log.exception("the engine's loop failed")
-            import os
-
             os._exit(1)
 
     def _take(self) -> None:

@@ -49,9 +49,9 @@ class Control(worker_pb2_grpc.WorkerServicer):
         world = launch.layout.world
         self._server = grpc.server(
             ThreadPoolExecutor(max_workers=2 * world + len(launch.pods) + 32, thread_name_prefix="control"),
-            options=CHANNEL_OPTIONS,
+            options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)],
         )
-        worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
+        worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)
         self._ticker = threading.Thread(target=self._tick, name="membership", daemon=True)
 
     def start(self) -> None:
@@ -165,7 +165,6 @@ class Control(worker_pb2_grpc.WorkerServicer):
             elif kind == "leave":
                 log.info("rank %d wants to leave", rank)
                 self._send(group.leave(rank, request.leave.grace_seconds, now))
-                self._tell_draining()
 
     def _send(self, commands: list[membership.Command]) -> None:
         """Carry commands out. Called with the lock held."""

@@ -44,6 +44,7 @@ class _Member:
     formed: bool = False
     weights: str = ""
     leave_by: float | None = None
+    released: bool = False
 
 
 @dataclass(slots=True)
@@ -118,7 +119,8 @@ class Membership:
         for rank, member in list(self._members.items()):
             if now - member.heard > self.silence_seconds:
                 commands += self.lost(rank, f"rank {rank} was silent for {self.silence_seconds:g} s")
-            elif member.leave_by is not None and (idle or now >= member.leave_by):
+            elif member.leave_by is not None and not member.released and (idle or now >= member.leave_by):
+                member.released = True
                 commands.append(Release(rank))
         return commands
 
