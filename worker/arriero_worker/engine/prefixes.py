@@ -52,17 +52,18 @@ class Prefixes:
         if not self._enabled:
             return
         start, stop = sequence.published, sequence.full_blocks(self._block_size)
-        extend_keys(sequence.keys, sequence.tokens, self._block_size, stop, sequence.salt)
-        self._pool.publish(sequence.keys, sequence.blocks, start, stop)
-        sequence.published = stop
-        self._forget(sequence, sequence.keys[start:stop])
+        if stop > start:
+            extend_keys(sequence.keys, sequence.tokens, self._block_size, stop, sequence.salt)
+            self._pool.publish(sequence.keys, sequence.blocks, start, stop)
+            self._forget(sequence, start, stop)
+            sequence.published = stop
 
     def abandon(self, sequence: Sequence) -> None:
         """It leaves its slot: what it has not published it will not."""
-        self._forget(sequence, sequence.keys[sequence.published :])
+        self._forget(sequence, sequence.published, len(sequence.keys))
 
-    def _forget(self, sequence: Sequence, keys: list[bytes]) -> None:
+    def _forget(self, sequence: Sequence, start: int, stop: int) -> None:
         if self._promised:
-            for key in keys:
+            for key in sequence.keys[start:stop]:
                 if self._promised.get(key) is sequence:
                     del self._promised[key]

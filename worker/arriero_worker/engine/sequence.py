@@ -95,5 +95,6 @@ class Sequence:
 
     def full_blocks(self, block_size: int) -> int:
         """Blocks whose every token is known and computed, or planned in a step that was issued."""
-        known = len(self.tokens) - 1 if self.planned >= self.target else self.planned
-        return max(known, self.planned) // block_size
+        if self.planned < self.target:
+            return self.planned // block_size
+        return max(len(self.tokens) - 1, self.planned) // block_size  # the last token is not fed yet
