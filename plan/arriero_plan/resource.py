@@ -17,7 +17,7 @@ KIND = "LlamaDeployment"
 WeightsChoice = Literal["auto", "float32", "bfloat16", "fp8", "int8", "int4"]
 KvChoice = Literal["auto", "float32", "bfloat16", "fp8"]
 AcceleratorType = Literal["H100-80GB", "H200-141GB", "cpu"]
-RouterPolicy = Literal["prefix", "least-running", "round-robin"]
+RouterPolicy = Literal["prefix", "least-load", "power-of-two", "round-robin", "hash"]
 
 DNS_LABEL = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 DNS_SUBDOMAIN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"

@@ -162,7 +162,7 @@ INVALID = [
     ("perNode: 8", "perNode: 8, memoryGiB: 0", "spec.accelerator.memoryGiB: 0 is out of bounds; expected above 0"),
     ("perNode: 8", "perNode: 8, memoryGiB: .nan", "spec.accelerator.memoryGiB: expected a finite number, found nan"),
     ("resourceName: nvidia.com/gpu", "resourceName: '*'", "spec.accelerator.resourceName: '*' is not valid"),
-    ("policy: prefix", "policy: cheapest", "spec.router.policy: 'cheapest' is not one of prefix, least-running"),
+    ("policy: prefix", "policy: cheapest", "spec.router.policy: 'cheapest' is not one of prefix, least-load"),
     ("minReplicas: 0", "minReplicas: 9", "spec.autoscaling: minReplicas is 9, above maxReplicas (8)"),
     ("maxReplicas: 8, ", "", "spec.autoscaling.maxReplicas: missing"),
     ("maxSurge: 1", "maxSurge: 0", "spec.rollout: maxSurge and maxUnavailable are both 0"),
