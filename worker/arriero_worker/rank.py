@@ -32,7 +32,7 @@ from arriero_worker.group.comm import GroupAborted
 from arriero_worker.group.member import Member, Truth
 from arriero_worker.group.memory import PodMemory
 from arriero_worker.model.loader import CheckpointError
-from arriero_worker.process import die_with_parent, set_up_logging
+from arriero_worker.process import die_with_parent, set_process_name, set_up_logging
 from arriero_worker.rank_entry import EXIT_UNUSABLE, engine_socket
 from arriero_worker.session import Session
 from arriero_worker.stage import LoadedStage, load_stage
@@ -46,6 +46,7 @@ _STORE_LIMIT = timedelta(seconds=60)
 def main(launch_path: str, rank: int, memory_path: str) -> int:
     """Run until released or told to stop. Returns EXIT_UNUSABLE where the checkpoint cannot be run."""
     die_with_parent()
+    set_process_name(f"arriero-rank{rank}")
     set_up_logging(os.environ.get("ARRIERO_LOG_LEVEL", "info"))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     launch = parse_launch(Path(launch_path).read_text(), launch_path)
