@@ -1,0 +1,5 @@
+import sys
+
+from arriero_worker.front.main import main
+
+sys.exit(main())

@@ -1,0 +1,452 @@
+"""One client's connection: bytes in, exchanges in order, bytes out, and every way a client can misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from typing import TYPE_CHECKING, Any, cast
+
+import httptools
+
+from arriero_worker.front.http.errors import HttpError
+from arriero_worker.front.http.exchange import Disconnected, Exchange
+
+if TYPE_CHECKING:
+    from arriero_worker.front.http.server import HttpServer
+
+log = logging.getLogger("arriero.http")
+
+_FOREVER = float("inf")
+_CHUNK_OVERHEAD = 64
+"""Bytes of framing (size line, extension) tolerated per chunk of a body."""
+_FRAMING_SLACK = 65536
+
+
+class Connection(asyncio.Protocol):
+    """Parses requests and answers them one after the other, in the order they came (pipelining).
+
+    `deadline` is when the client must have moved on (head, body, next request, taking what was written); the server's
+    sweep closes connections behind theirs.
+    """
+
+    def __init__(self, server: HttpServer) -> None:
+        self.server = server
+        self.blocked = False
+        self.deadline = _FOREVER
+        self._limits = server.limits
+        self._transport: asyncio.Transport = None  # type: ignore[assignment]  # set by connection_made, before all else
+        self._parser: Any = None
+        self._waiting: deque[Exchange] = deque()
+        self._running: asyncio.Task[None] | None = None
+        self._current: Exchange | None = None
+        self._writable: asyncio.Future[None] | None = None
+        self._buffered = 0
+        """Bytes this connection holds of the server's common budget."""
+        self._deaf = False
+        """No further request is read: the last one was seen or the input is broken."""
+        self._closing = False
+        self._paused = False
+        self._lingered = False
+        self._continue_owed = False
+        self._messages = 0
+        self._raw_head = 0
+        self._reset_message()
+
+    def _reset_message(self) -> None:
+        self._target = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._head_bytes = 0
+        self._head_size = 0
+        self._in_head = False
+        self._in_body = False
+        self._body: bytes | bytearray = b""
+        self._framing = 0
+        self._exchange: Exchange | None = None
+
+    # -- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from it
+        self._transport.set_write_buffer_limits(high=self._limits.write_buffer)
+        self._parser = httptools.HttpRequestParser(self)
+        self.deadline = self.server.now + self._limits.head_seconds
+        if not self.server.admit(self):
+            self._fail(HttpError(503, "too many connections", retry_after=1, code="overloaded"))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.server.forget(self)
+        self._release(self._buffered)
+        self._closing = True
+        self._waiting.clear()
+        self._body = b""
+        if self._running is not None:
+            self._running.cancel()
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_exception(Disconnected())
+            self._writable.exception()
+
+    def data_received(self, data: bytes) -> None:
+        while data and not self._deaf:
+            data = self._feed(data)
+
+    def _feed(self, data: bytes) -> bytes:
+        """Parse; returns what a parser is to see that starts afresh."""
+        head_before = self._in_head
+        begun = self._messages
+        size_before = len(self._body)
+        body_before = self._in_body
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            # The request itself was whole and is answered as if it had not asked to upgrade; HTTP follows still.
+            self._parser = httptools.HttpRequestParser(self)
+            return data[upgrade.args[0] :]
+        except httptools.HttpParserError as error:
+            if not self._deaf:
+                self._fail(_parse_error(error))
+            return b""
+        if self._deaf:
+            return b""
+        if head_before and self._in_head and begun == self._messages:
+            # httptools shows a header only when it is whole; this is what bounds one that never ends.
+            self._count_head(len(data))
+            self._reserve_head(len(data))
+        elif self._in_head:
+            self._reserve_head(len(data))
+        elif body_before and self._in_body and begun == self._messages:
+            self._framing += len(data) - (len(self._body) - size_before)
+            if self._framing > _FRAMING_SLACK:
+                self._fail(HttpError(400, "the chunked body has more framing than content"))
+        return b""
+
+    def eof_received(self) -> bool:
+        # A client that closes its side gives up on its answers: half-open clients cannot be told from gone ones.
+        self._closing = self._deaf = True
+        self._waiting.clear()
+        if self._running is not None:
+            self._running.cancel()
+        return False
+
+    def pause_writing(self) -> None:
+        self.blocked = True
+        self.deadline = self.server.now + self._limits.stall_seconds
+
+    def resume_writing(self) -> None:
+        self.blocked = False
+        self._set_deadline()
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+
+    # -- httptools
+
+    def on_message_begin(self) -> None:
+        if self._deaf:
+            return
+        self._reset_message()
+        self._messages += 1
+        self._in_head = True
+        self._set_deadline()
+
+    def on_url(self, url: bytes) -> None:
+        if self._deaf:
+            return
+        self._target += url
+        self._count_head(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_body or self._deaf:
+            return  # a trailer: nothing here has a use for one
+        self._count_head(len(name) + len(value) + 4)
+        self._headers.append((name.lower(), value))
+        if len(self._headers) > self._limits.max_headers:
+            self._fail(HttpError(431, f"more than {self._limits.max_headers} headers"))
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        if self._deaf:
+            return
+        self._release(self._raw_head)
+        self._raw_head = 0
+        self._reserve_head(self._head_bytes)
+        if self._deaf:
+            return
+        parser = self._parser
+        self._exchange = exchange = Exchange(
+            self,
+            parser.get_method().decode("latin-1"),
+            self._target,
+            parser.get_http_version(),
+            self._headers,
+            parser.should_keep_alive(),
+        )
+        try:
+            expects_body = self._check_head(exchange)
+        except HttpError as error:
+            self._fail(error)
+            return
+        self._in_body = True
+        self._set_deadline()
+        if expects_body and exchange.header(b"expect") is not None:
+            self._continue_owed = True
+            self._pay_continue()
+
+    def on_body(self, body: bytes) -> None:
+        if self._deaf:
+            return
+        if len(self._body) + len(body) > self._limits.max_body:
+            self._fail(self._too_large())
+            return
+        if not self.server.reserve(len(body)):
+            self._fail(_overloaded())
+            return
+        self._buffered += len(body)
+        if not self._body:
+            self._body = body
+        elif isinstance(self._body, bytearray):
+            self._body += body
+        else:
+            self._body = bytearray(self._body) + body
+
+    def on_chunk_header(self) -> None:
+        self._framing -= _CHUNK_OVERHEAD
+
+    def on_message_complete(self) -> None:
+        exchange = self._exchange
+        if self._deaf or exchange is None:
+            return
+        exchange.body = bytes(self._body)
+        exchange.held = self._head_size + len(exchange.body)
+        self._in_body = False
+        self._body = b""
+        self._head_size = 0
+        self._continue_owed = False
+        if not exchange.keep_alive:
+            self._deaf = True
+        self._waiting.append(exchange)
+        if self._running is None:
+            self._next()
+        elif not self._paused and len(self._waiting) >= self._limits.max_pipelined:
+            self._paused = True
+            self._transport.pause_reading()
+
+    # -- answering
+
+    def send(self, data: bytes) -> None:
+        if not self._closing:
+            self._transport.write(data)
+
+    async def drained(self) -> None:
+        if self._closing:
+            raise Disconnected
+        if self.blocked:
+            self._writable = asyncio.get_running_loop().create_future()
+            try:
+                await self._writable
+            finally:
+                self._writable = None
+
+    @property
+    def busy(self) -> bool:
+        return self._running is not None or bool(self._waiting)
+
+    def _next(self) -> None:
+        if not self._waiting:
+            self._current = None
+            self._set_deadline()
+            self._pay_continue()
+            if self.server.draining and not self._in_head and not self._in_body:
+                self._close()
+            return
+        self._current = exchange = self._waiting.popleft()
+        if self._paused and len(self._waiting) < self._limits.max_pipelined // 2:
+            self._paused = False
+            self._transport.resume_reading()
+        self._running = self.server.loop.create_task(self._run(exchange))
+        self._set_deadline()
+
+    async def _run(self, exchange: Exchange) -> None:
+        try:
+            if exchange.refusal is not None:
+                self.server.refused(exchange, exchange.refusal)
+                raise exchange.refusal
+            await self.server.handler(exchange)
+            if not exchange.finished:
+                raise RuntimeError(f"{exchange.method} {exchange.path} was left without an answer")
+        except asyncio.CancelledError:
+            if not self._closing:
+                self._close()
+            raise
+        except Disconnected:
+            pass
+        except HttpError as error:
+            self._answer_error(exchange, error)
+        except Exception:
+            log.exception("failed on %s %s", exchange.method, exchange.path)
+            self._answer_error(exchange, HttpError(500, "the server failed on this request"))
+        finally:
+            self._running = None
+            self._release(exchange.held)
+        if self._closing:
+            return
+        if exchange.finished and exchange.keep_alive:
+            self._next()
+        else:
+            self._close()
+
+    def _answer_error(self, exchange: Exchange, error: HttpError) -> None:
+        if not exchange.started:
+            exchange.refuse(error)
+        else:
+            exchange.cut()
+
+    # -- limits
+
+    def _check_head(self, exchange: Exchange) -> bool:
+        """Whether a body follows. Raises HttpError for a head that is not acceptable."""
+        if exchange.version not in ("1.1", "1.0"):
+            raise HttpError(505, f"HTTP/{exchange.version} is not spoken here")
+        hosts = length = 0
+        encoding = None
+        for name, value in exchange.headers:
+            if name == b"host":
+                hosts += 1
+            elif name == b"content-length":
+                length = int(value)
+            elif name == b"transfer-encoding":
+                encoding = value.strip().lower()
+            elif name == b"content-encoding" and value.strip().lower() != b"identity":
+                raise HttpError(415, "compressed bodies are not accepted")
+            elif name == b"expect" and value.strip().lower() != b"100-continue":
+                raise HttpError(417, "only 100-continue can be expected")
+        if hosts > 1 or (hosts == 0 and exchange.version == "1.1"):
+            raise HttpError(400, "exactly one Host header is needed")
+        if encoding is not None and encoding != b"chunked":
+            raise HttpError(501, "the only transfer encoding is chunked")
+        if encoding is not None and exchange.version == "1.0":
+            raise HttpError(400, "HTTP/1.0 has no transfer encoding")
+        if exchange.method == "CONNECT":
+            raise HttpError(405, "CONNECT is not served here")
+        expects_body = encoding is not None or length > 0
+        if expects_body and self._parser.should_upgrade():
+            raise HttpError(400, "a request with a body cannot ask to upgrade")
+        if length > self._limits.max_body:
+            raise self._too_large()
+        return expects_body
+
+    def _too_large(self) -> HttpError:
+        return HttpError(413, f"the body is larger than {self._limits.max_body} bytes", code="request_too_large")
+
+    def _count_head(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > self._limits.max_head and not self._deaf:
+            self._fail(HttpError(431, f"the head is larger than {self._limits.max_head} bytes"))
+
+    def _reserve_head(self, size: int) -> None:
+        """Heads count against the common budget: while they arrive by what arrived, then by what they hold."""
+        if self._deaf:
+            return
+        if not self.server.reserve(size):
+            self._fail(_overloaded())
+            return
+        self._buffered += size
+        if self._in_head:
+            self._raw_head += size
+        else:
+            self._head_size = size
+
+    def _release(self, size: int) -> None:
+        size = min(size, self._buffered)
+        self._buffered -= size
+        self.server.reserve(-size)
+
+    def _pay_continue(self) -> None:
+        """100 Continue may only be written when no earlier answer is under way."""
+        if self._continue_owed and not self.busy:
+            self._continue_owed = False
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _set_deadline(self) -> None:
+        limits, now = self._limits, self.server.now
+        if self.blocked:
+            return
+        if self._closing:
+            self.deadline = now + limits.linger_seconds
+        elif self._running is not None:
+            self.deadline = _FOREVER
+        elif self._in_head:
+            self.deadline = now + limits.head_seconds
+        elif self._in_body:
+            self.deadline = now + limits.body_seconds
+        else:
+            self.deadline = now + limits.idle_seconds
+
+    def expire(self) -> None:
+        """The deadline has passed."""
+        if self.blocked:
+            log.info("a client took nothing for %g s and is cut off", self._limits.stall_seconds)
+            self._transport.abort()
+        elif self._closing:
+            if self._transport.get_write_buffer_size() and not self._lingered:
+                self._lingered = True
+                self.deadline = self.server.now + self._limits.stall_seconds
+            else:
+                self._transport.abort()
+        elif self._in_head or self._in_body:
+            self._fail(HttpError(408, "the request did not arrive in time"))
+        else:
+            self._close()
+
+    # -- ending
+
+    def _fail(self, error: HttpError) -> None:
+        """Refuse what is being read, behind the answers still owed, and read no further."""
+        self._deaf = True
+        self._continue_owed = False
+        self._in_head = self._in_body = False
+        self._release(len(self._body) + self._raw_head + self._head_size)
+        self._raw_head = self._head_size = 0
+        self._body = b""
+        exchange = self._exchange or Exchange(self, "GET", b"*", "1.1", [], False)
+        exchange.keep_alive = False
+        self._exchange = None
+        if self.busy:
+            exchange.refusal = error
+            self._waiting.append(exchange)
+        else:
+            self.server.refused(exchange, error)
+            exchange.refuse(error)
+            self._close()
+
+    def close_if_idle(self) -> None:
+        """For a drain: a connection between requests has nothing to lose."""
+        if not self.busy and not self._in_head and not self._in_body and not self._closing:
+            self._close()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def _close(self) -> None:
+        """Say no more, and give the client time to read what was said: closing at once on unread input resets."""
+        if self._closing:
+            return
+        self._closing = self._deaf = True
+        if self._paused:
+            self._paused = False
+            self._transport.resume_reading()
+        self._set_deadline()
+        if self._transport.can_write_eof():
+            try:
+                self._transport.write_eof()
+                return
+            except OSError:
+                pass
+        self._transport.close()
+
+
+def _overloaded() -> HttpError:
+    return HttpError(503, "the server holds too many unanswered bytes", retry_after=1, code="overloaded")
+
+
+def _parse_error(error: Exception) -> HttpError:
+    return HttpError(400, f"not an HTTP request: {str(error) or type(error).__name__}")

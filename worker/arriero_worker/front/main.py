@@ -1,0 +1,89 @@
+"""The front's process: signals in, exit status out."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvloop
+
+from arriero_plan.launch import Launch, LaunchError, parse_launch
+from arriero_worker.front.front import Front
+from arriero_worker.front.text.vocabulary import TokenizerError
+
+log = logging.getLogger("arriero.front")
+
+
+def run_front(launch: Launch, socket_path: str) -> int:
+    """Serve until told to stop; the process's exit status.
+
+    The first SIGTERM (or SIGINT) drains: not ready at once, running requests may end within `launch.drain_seconds`. A
+    second one of the same kind stops now. Either way the status is 0; it is 1 where the faces could not be opened.
+    """
+    try:
+        front = Front(launch, socket_path)
+    except TokenizerError as error:
+        log.error("%s", error)
+        return 1
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(front))
+
+
+async def _serve(front: Front) -> int:
+    loop = asyncio.get_running_loop()
+    draining, now = asyncio.Event(), asyncio.Event()
+    seen: set[int] = set()
+
+    def signalled(number: int) -> None:
+        # A terminal's Ctrl-C reaches every process of the group and a supervisor may add its SIGTERM: that is one wish.
+        if number in seen:
+            now.set()
+        seen.add(number)
+        draining.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signalled, number)
+    try:
+        await front.start()
+    except OSError as error:
+        log.error("cannot open the public faces: %s", error)
+        await front.stop()
+        return 1
+    await draining.wait()
+    drain = loop.create_task(front.drain(front.launch.drain_seconds))
+    stop = loop.create_task(now.wait())
+    await asyncio.wait((drain, stop), return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    drain.cancel()
+    await front.stop()
+    log.info("stopped")
+    return 0
+
+
+def configure_logging(level: str = "INFO") -> None:
+    """One compact line per record on standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    formatter = logging.Formatter("%(asctime)s.%(msecs)03d %(levelname).1s %(name)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m arriero_worker.front --launch FILE --engine SOCKET`."""
+    parser = argparse.ArgumentParser(prog="arriero-front", description="The public faces of a replica.")
+    parser.add_argument("--launch", required=True, type=Path, help="the launch file")
+    parser.add_argument("--engine", required=True, help="the engine's Unix socket")
+    parser.add_argument("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    options = parser.parse_args(arguments)
+    configure_logging(options.log_level)
+    try:
+        launch = parse_launch(options.launch.read_text(encoding="utf-8"), str(options.launch))
+    except (OSError, LaunchError) as error:
+        log.error("%s", error)
+        return 1
+    return run_front(launch, options.engine)

@@ -1,0 +1,1 @@
+"""The OpenAI HTTP API: request schemas and response shapes, over the request core."""

@@ -1,0 +1,91 @@
+"""Shapes that completions and chat completions have in common, and server-sent events."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+import msgspec
+
+from arriero_worker.engine.messages import TokenLogprobs
+from arriero_worker.front.http.errors import HttpError
+from arriero_worker.front.http.exchange import Exchange
+from arriero_worker.front.resume import Resume, valid_id
+from arriero_worker.front.service import Usage
+from arriero_worker.front.text.vocabulary import Vocabulary
+
+json_bytes = msgspec.json.encode
+DONE = b"data: [DONE]\n\n"
+EVENT_STREAM = "text/event-stream; charset=utf-8"
+STREAM_HEADERS = (("cache-control", "no-cache"), ("x-accel-buffering", "no"))
+_LOWEST = -9999.0
+"""OpenAI's stand-in for minus infinity, which JSON does not have."""
+
+
+class Identity:
+    """What an answer is called: id, time, model; taken over from the broken stream where one is resumed."""
+
+    def __init__(self, exchange: Exchange, prefix: str, model: str, resume: Resume) -> None:
+        asked = exchange.header(b"x-request-id")
+        if asked is not None and not valid_id(asked):
+            raise HttpError(400, "x-request-id: must be 1 to 128 letters, digits, dots, dashes or underscores")
+        self.id = resume.id or f"{prefix}-{asked or secrets.token_hex(12)}"
+        self.created = resume.created if resume.created is not None else int(time.time())
+        self.model = model
+        self.headers = () if asked is None else (("x-request-id", asked),)
+
+
+def event(value: Any) -> bytes:
+    return b"data: " + json_bytes(value) + b"\n\n"
+
+
+def resume_comment(fields: dict[str, Any]) -> bytes:
+    return b": arriero " + json_bytes(fields) + b"\n\n"
+
+
+def usage_fields(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+def finite(logprob: float) -> float:
+    return logprob if logprob > _LOWEST else _LOWEST
+
+
+def token_name(vocabulary: Vocabulary, id: int) -> str:
+    """A token's text, or `bytes:\\xe2\\x82` for one that is not whole characters, as OpenAI writes it."""
+    data = vocabulary.token_bytes(id)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def alternatives(position: TokenLogprobs) -> list[tuple[int, float]]:
+    """The highest alternatives, and the chosen token behind them where it is not among them."""
+    top = position.top
+    if top and all(id != position.token for id, _ in top):
+        return [*top, (position.token, position.logprob)]
+    return top
+
+
+def prompt_logprobs(vocabulary: Vocabulary, positions: list[TokenLogprobs]) -> list[dict[str, Any] | None]:
+    """vLLM's shape: null for the first token, then a map of token id to its logprob, rank and text."""
+    result: list[dict[str, Any] | None] = [None]
+    for position in positions:
+        entry = {
+            str(id): {"logprob": finite(value), "rank": rank, "decoded_token": vocabulary.text_of(id)}
+            for rank, (id, value) in enumerate(position.top, 1)
+        }
+        entry[str(position.token)] = {
+            "logprob": finite(position.logprob),
+            "rank": position.rank,
+            "decoded_token": vocabulary.text_of(position.token),
+        }
+        result.append(entry)
+    return result
