@@ -14,7 +14,8 @@ import torch
 class ForwardBatch:
     """Sequences are packed one behind the other; each brings `query_starts[i+1] - query_starts[i]` new tokens.
 
-    All tensors are on the rank's device and identical on every rank of the group (but `tokens_T`, which only stage 0 reads).
+    All tensors are contiguous, on the rank's device, and identical on every rank of the group (but `tokens_T`, which
+    only stage 0 reads).
     """
 
     tokens_T: torch.Tensor

@@ -1,0 +1,154 @@
+"""The seam between the model and what computes it.
+
+Legend: T tokens, B sequences, R rows that need logits, H hidden size, N and K a linear's outputs and inputs, A heads on
+this rank, D head size.
+
+Activations are torch tensors in `hidden_dtype`, contiguous, on the backend's device. What an operation returns lives in
+the backend's workspace: it holds until the same operation is called again with the same `out` name, so a caller that
+keeps a result copies it. One backend serves one rank; calls come from one thread at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from arriero_worker.model.forward import ForwardBatch
+
+LinearT = TypeVar("LinearT")
+"""A linear's weights as the backend keeps them."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What attention is on this rank, the same in every layer."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    sliding_window: int | None
+    inverse_frequencies: torch.Tensor
+    """float32 [D / 2], rotary angles per position."""
+
+    @property
+    def q_size(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class KvCache:
+    """The rank's paged KV: one (keys, values) pair per layer of its stage. How a pair is laid out is the backend's."""
+
+    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    block_size: int
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for pair in self.layers for t in pair)
+
+
+class Backend(Protocol[LinearT]):
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and KV: float32 or bfloat16."""
+        ...
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """Of activations, and so of what crosses ranks and stages. The same on every machine of a group."""
+        ...
+
+    def pack_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> LinearT:
+        """Take over a weight, in `dtype`, and a bias; the given tensors may be dropped afterwards."""
+        ...
+
+    def pack_vector(self, vector: torch.Tensor) -> torch.Tensor:
+        """Take over a norm's weight."""
+        ...
+
+    def allocate_kv(self, layers: int, kv_blocks: int, block_size: int, attention: AttentionShape) -> KvCache:
+        """Zeroed. Raises ValueError where the backend cannot work with these sizes."""
+        ...
+
+    def begin(self, batch: ForwardBatch, attention: AttentionShape, block_size: int) -> None:
+        """Called once before the operations of a forward pass: what all layers share (rotary angles, work lists)."""
+        ...
+
+    def embed(self, tokens_T: torch.Tensor, table_VH: LinearT, first_token: int) -> torch.Tensor:
+        """[T, H]: rows of a table that begins at token `first_token`; zeros for tokens outside it. The table is packed
+        like a linear, so that a tied head shares it.
+        """
+        ...
+
+    def add_rms_norm(
+        self, residual_TH: torch.Tensor, delta_TH: torch.Tensor | None, weight_H: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """[T, H]: residual += delta, in place, then the norm of it."""
+        ...
+
+    def add(self, residual_TH: torch.Tensor, delta_TH: torch.Tensor) -> torch.Tensor:
+        """residual += delta, in place."""
+        ...
+
+    def rows(self, x_TH: torch.Tensor, rows_R: torch.Tensor, out: str) -> torch.Tensor:
+        """[R, H]: the rows named."""
+        ...
+
+    def linear(self, x_TK: torch.Tensor, weight: LinearT, out: str) -> torch.Tensor:
+        """[T, N]: x @ weight.T + bias, accumulated in float32."""
+        ...
+
+    def rope_and_store(self, qkv: torch.Tensor, layer: tuple[torch.Tensor, torch.Tensor], batch: ForwardBatch) -> None:
+        """qkv [T, (A + 2 * kv heads) * D]: turn queries (in place) and keys by their positions, write keys and values
+        to the batch's slots.
+        """
+        ...
+
+    def attention(
+        self, qkv: torch.Tensor, layer: tuple[torch.Tensor, torch.Tensor], batch: ForwardBatch
+    ) -> torch.Tensor:
+        """[T, A * D]: causal attention of the queries over each sequence's paged KV, scaled by D ** -0.5."""
+        ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """[T, I] from [T, 2 * I]: silu(first half) * second half."""
+        ...
+
+    def logits(self, x_RH: torch.Tensor, head: LinearT) -> torch.Tensor:
+        """float32 [R, V] of this rank's part of the vocabulary."""
+        ...
+
+    def warm(self) -> None:
+        """Load or compile every kernel, so that the first request does not wait for it."""
+        ...
+
+
+AnyBackend = Backend[Any]
+
+
+@dataclass(slots=True)
+class LayerWeights(Generic[LinearT]):
+    """One layer's weights, packed: q, k, v one under the other, and gate above up."""
+
+    input_norm: torch.Tensor
+    qkv: LinearT
+    o: LinearT
+    post_attention_norm: torch.Tensor
+    gate_up: LinearT
+    down: LinearT
+
+
+@dataclass(slots=True)
+class StageWeights(Generic[LinearT]):
+    """A rank's weights. `embedding` on the first stage, `final_norm` and `head` on the last, else None."""
+
+    layers: list[LayerWeights[LinearT]]
+    embedding: LinearT | None
+    final_norm: torch.Tensor | None
+    head: LinearT | None

@@ -1,0 +1,161 @@
+"""The linear kernel: out[T, N] = x[T, K] @ w[N, K].T + bias, float32 in and out, weights packed in panels.
+
+A panel holds 16 columns of the result: for every k the 16 weights that meet x[:, k], one behind the other (see
+`native` for the two formats). Threads share out the panels. Few tokens stream each panel once from memory, through as
+many register tiles as the tokens need. Many tokens are cut into blocks that stay in the second-level cache, repacked so
+that a tile reads its rows side by side; weights then come from memory once per block of tokens.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import numba
+import torch
+
+from arriero_worker.model.cpu.native import (
+    FLOAT32,
+    MAX_ROWS,
+    PAIRED,
+    PANEL,
+    f32_at,
+    i32_at,
+    i64_at,
+    tiles_float32,
+    tiles_paired,
+)
+
+LAYOUT = struct.Struct("12q")
+"""x, w, bias (0: none), out, T, N, K, kind, scratch, tail, and two spare."""
+
+_FEW = 18
+_TOKENS = 96
+_DEPTH = 512
+_FEW_DEPTH = 1024
+SCRATCH_BYTES = _TOKENS * _DEPTH * 4
+"""Of each thread."""
+
+
+def tail_bytes(tokens: int) -> int:
+    """Room for the last, partial panel."""
+    return tokens * PANEL * 4
+
+
+def pack_panels(weight_NK: torch.Tensor, storage: torch.Tensor) -> None:
+    """Write a weight into panels; columns that fill up the last panel are zeros.
+
+    weight_NK: float32 or bfloat16. storage: [ceil(N / 16), K, 16] float32, or [ceil(N / 16), K, 8, 2] bfloat16.
+    """
+    n, k = weight_NK.shape
+    whole = n // PANEL
+    parts = [(storage[:whole], weight_NK[: whole * PANEL])]
+    if n % PANEL:
+        last = weight_NK.new_zeros((PANEL, k))
+        last[: n % PANEL] = weight_NK[whole * PANEL :]
+        parts.append((storage[whole:], last))
+    for target, source in parts:
+        if weight_NK.dtype == torch.float32:
+            target.copy_(source.view(-1, PANEL, k).transpose(1, 2))
+        else:
+            target.copy_(source.view(-1, 2, PANEL // 2, k).permute(0, 3, 2, 1))
+
+
+def linear_kernel(arguments, thread, threads):  # type: ignore[no-untyped-def]
+    a = i64_at(arguments)
+    x, w, bias, out, tokens, n, k, kind, scratch, tail = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]
+    scratch += thread * SCRATCH_BYTES
+    panels = (n + PANEL - 1) // PANEL
+    first = panels * thread // threads
+    end = panels * (thread + 1) // threads
+    element = 4 if kind == FLOAT32 else 2
+    panel_bytes = k * PANEL * element
+    depth = _DEPTH
+    if tokens <= MAX_ROWS:
+        depth = k
+    elif tokens <= _FEW:
+        depth = _FEW_DEPTH
+    block = tokens if tokens <= _FEW else _TOKENS
+    for t0 in range(0, tokens, block):
+        count = min(block, tokens - t0)
+        for k0 in range(0, k, depth):
+            span = min(depth, k - k0)
+            if tokens > _FEW:
+                _gather(x + (t0 * k + k0) * 4, k, count, span, scratch)
+            for p in range(first, end):
+                partial = p * PANEL + PANEL > n
+                to = tail + t0 * PANEL * 4 if partial else out + (t0 * n + p * PANEL) * 4
+                to_row = PANEL * 4 if partial else n * 4
+                accumulate = 1 if k0 > 0 or bias != 0 else 0
+                if k0 == 0 and bias != 0:
+                    _fill(to, to_row, count, bias + p * PANEL * 4)
+                at = w + p * panel_bytes + k0 * PANEL * element
+                r = 0
+                while r < count:
+                    tiles = (count - r + MAX_ROWS - 1) // MAX_ROWS
+                    rows = (count - r + tiles - 1) // tiles if tokens <= _FEW else min(MAX_ROWS, count - r)
+                    if tokens > _FEW:
+                        from_x, x_row, x_k = scratch + r * span * 4, 4, rows * 4
+                    else:
+                        from_x, x_row, x_k = x + (r * k + k0) * 4, k * 4, 4
+                    if kind == PAIRED:
+                        tiles_paired(rows, from_x, x_row, x_k, at, PANEL * 2, to + r * to_row, to_row, span, accumulate)
+                    else:
+                        tiles_float32(
+                            rows, from_x, x_row, x_k, at, PANEL * 4, to + r * to_row, to_row, span, accumulate
+                        )
+                    r += rows
+    if n % PANEL != 0 and end == panels and end > first:
+        source, target, start = f32_at(tail), f32_at(out), (panels - 1) * PANEL
+        for t in range(tokens):
+            for c in range(n - start):
+                target[t * n + start + c] = source[t * PANEL + c]
+
+
+@numba.njit
+def _gather(x, x_row, count, span, scratch):  # type: ignore[no-untyped-def]
+    """Lay `count` rows of `span` values into groups of MAX_ROWS, the rows of a group interleaved."""
+    source, target = f32_at(x), f32_at(scratch)
+    for r in range(0, count, MAX_ROWS):
+        rows = min(MAX_ROWS, count - r)
+        base = r * span
+        for i in range(rows):
+            for j in range(span):
+                target[base + j * rows + i] = source[(r + i) * x_row + j]
+
+
+@numba.njit
+def _fill(out, out_row, count, bias):  # type: ignore[no-untyped-def]
+    values = f32_at(bias)
+    for t in range(count):
+        row = f32_at(out + t * out_row)
+        for c in range(PANEL):
+            row[c] = values[c]
+
+
+EMBED_LAYOUT = struct.Struct("8q")
+"""tokens, w, out, T, K, first token, end token, kind."""
+
+
+def embed_kernel(arguments, thread, threads):  # type: ignore[no-untyped-def]
+    """out[T, K] float32: rows of a packed table of tokens [first, end), zeros for others."""
+    a = i64_at(arguments)
+    tokens, w, out, count, k, first, end, kind = i64_at(a[0]), a[1], f32_at(a[2]), a[3], a[4], a[5], a[6], a[7]
+    words, floats = i32_at(w), f32_at(w)
+    out_words = i32_at(a[2])
+    half = PANEL // 2
+    for t in range(count * thread // threads, count * (thread + 1) // threads):
+        token = tokens[t]
+        row = token - first
+        if token < first or token >= end:
+            for i in range(k):
+                out[t * k + i] = 0.0
+        elif kind == FLOAT32:
+            base = (row // PANEL) * k * PANEL + row % PANEL
+            for i in range(k):
+                out[t * k + i] = floats[base + i * PANEL]
+        else:
+            base = (row // PANEL) * k * half + row % half
+            high = row % PANEL >= half
+            for i in range(k):
+                word = words[base + i * half]
+                out_words[t * k + i] = (word & -65536) if high else (word << 16)
