@@ -44,9 +44,9 @@ class _Child:
     def due(self, now: float) -> bool:
         return not self.pid and now >= self._start_at
 
-    def begin(self, now: float) -> None:
-        self._started = now
+    def begin(self) -> None:
         self.pid = self.start()
+        self._started = time.monotonic()
 
     def reap(self, now: float) -> int | None:
         """The exit code of a process that ended since the last look (negative: killed by that signal)."""
@@ -198,7 +198,7 @@ class Pod:
                 if code is not None:
                     self._ended(child, code)
                 if child.due(now) and child.name not in self._gone:
-                    child.begin(now)
+                    child.begin()
             if draining_since is not None and self._drained(now - draining_since):
                 return 0
             self._fence_the_silent()

@@ -25,19 +25,23 @@ from arriero.inference.v1 import worker_pb2 as pb
 from arriero_plan.launch import Launch, parse_launch
 from arriero_plan.model import ModelError
 from arriero_worker.engine.engine import Engine
+from arriero_worker.engine.limits import SchedulerSettings
 from arriero_worker.engine.messages import EngineStatus, Model
-from arriero_worker.engine.scheduler import Scheduler, SchedulerSettings
+from arriero_worker.engine.scheduler import Scheduler
 from arriero_worker.engine.server import EngineServer
 from arriero_worker.group.comm import GroupAborted
 from arriero_worker.group.member import Member, Truth
 from arriero_worker.group.memory import PodMemory
 from arriero_worker.model.loader import CheckpointError
+from arriero_worker.model.shard import ShardError
 from arriero_worker.process import die_with_parent, set_process_name, set_up_logging
 from arriero_worker.rank_entry import EXIT_UNUSABLE, engine_socket
 from arriero_worker.session import Session
 from arriero_worker.stage import LoadedStage, load_stage
 
 log = logging.getLogger("arriero.rank")
+
+dist: Any = torch.distributed
 
 _LINGER = 2.0  # seconds an ended epoch's thread has to come back
 _STORE_LIMIT = timedelta(seconds=60)
@@ -82,7 +86,7 @@ class Rank:
     def run(self) -> int:
         try:
             stage = self._load()
-        except (CheckpointError, ModelError) as error:
+        except (CheckpointError, ModelError, ShardError) as error:
             log.error("rank %d cannot run: %s", self._rank, error)
             self._truth.enter("Failed", str(error))
             time.sleep(0.3)  # for the status to reach who watches
@@ -108,13 +112,13 @@ class Rank:
 
         stage = load_stage(self._launch, self._rank, progress)
         self._truth.enter("Warming")
-        stage.warm()
+        stage.backend.warm()
         return stage
 
     def _open_store(self) -> None:
         if self._launch.layout.world > 1:
             address = self._launch.pods[0]
-            self._store = torch.distributed.TCPStore(
+            self._store = dist.TCPStore(
                 address.host, address.store_port, None, True, _STORE_LIMIT, wait_for_workers=False
             )
 
@@ -198,13 +202,14 @@ class Rank:
         reason = "the session ended"
         try:
             store = self._store or self._dial_store(form.store)
-            with Session(
-                self._launch, self._rank, epoch, store, self._memory, self._truth, stage, self._engine
-            ) as session:
-                self._member.formed(epoch)
-                self._truth.enter("Serving")
-                log.info("rank %d serves epoch %d", self._rank, epoch)
+            session = Session(self._launch, self._rank, epoch, store, self._memory, self._truth, stage, self._engine)
+            self._member.formed(epoch)
+            self._truth.enter("Serving")
+            log.info("rank %d serves epoch %d", self._rank, epoch)
+            try:
                 session.run()
+            finally:
+                session.close()
         except GroupAborted as error:
             reason = str(error)
         except Exception as error:
@@ -217,4 +222,4 @@ class Rank:
         if self._launch.layout.world == 1:
             return None
         host, _, port = address.rpartition(":")
-        return torch.distributed.TCPStore(host, int(port), None, False, _STORE_LIMIT, wait_for_workers=False)
+        return dist.TCPStore(host, int(port), None, False, _STORE_LIMIT, wait_for_workers=False)
