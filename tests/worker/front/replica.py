@@ -61,7 +61,7 @@ def write_model(path: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[bos])
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
-    config = {"bos_token": "<|bos|>", "eos_token": {"content": "<|eot|>"}, "chat_template": TEMPLATE}
+    config = {"bos_token": "<|bos|>", "eos_token": {"__type": "AddedToken", "content": "<|eot|>"}, "chat_template": TEMPLATE}
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     eos = tokenizer.token_to_id("<|eot|>")
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos], "temperature": 0.0}))

@@ -39,7 +39,6 @@ class Connection(asyncio.Protocol):
         self._parser: Any = None
         self._waiting: deque[Exchange] = deque()
         self._running: asyncio.Task[None] | None = None
-        self._current: Exchange | None = None
         self._writable: asyncio.Future[None] | None = None
         self._buffered = 0
         """Bytes this connection holds of the server's common budget."""
@@ -135,6 +134,8 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self.blocked = False
         self._set_deadline()
+        if self._running is None and self._waiting:
+            self._next()
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
 
@@ -226,7 +227,7 @@ class Connection(asyncio.Protocol):
         self._waiting.append(exchange)
         if self._running is None:
             self._next()
-        elif not self._paused and len(self._waiting) >= self._limits.max_pipelined:
+        if not self._paused and len(self._waiting) >= self._limits.max_pipelined:
             self._paused = True
             self._transport.pause_reading()
 
@@ -252,13 +253,14 @@ class Connection(asyncio.Protocol):
 
     def _next(self) -> None:
         if not self._waiting:
-            self._current = None
             self._set_deadline()
             self._pay_continue()
             if self.server.draining and not self._in_head and not self._in_body:
                 self._close()
             return
-        self._current = exchange = self._waiting.popleft()
+        if self.blocked:
+            return  # answers to a client that does not read would pile up; resume_writing goes on
+        exchange = self._waiting.popleft()
         if self._paused and len(self._waiting) < self._limits.max_pipelined // 2:
             self._paused = False
             self._transport.resume_reading()
