@@ -56,6 +56,7 @@ class Connection(asyncio.Protocol):
         self._target = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0
+        self._raw_counted = 0
         self._head_size = 0
         self._in_head = False
         self._in_body = False
@@ -107,11 +108,13 @@ class Connection(asyncio.Protocol):
             return b""
         if self._deaf:
             return b""
-        if head_before and self._in_head and begun == self._messages:
-            # httptools shows a header only when it is whole; this is what bounds one that never ends.
-            self._count_head(len(data))
-            self._reserve_head(len(data))
-        elif self._in_head:
+        if self._in_head:
+            # httptools shows a header only when it is whole; this is what bounds one that never ends. Bytes that share
+            # their arrival with an earlier message are held too, but not counted as this head's.
+            if begun + (not head_before and not body_before) == self._messages:
+                self._raw_counted += len(data)
+                if self._raw_counted > self._limits.max_head:
+                    self._fail(self._head_too_large())
             self._reserve_head(len(data))
         elif body_before and self._in_body and begun == self._messages:
             self._framing += len(data) - (len(self._body) - size_before)
@@ -339,10 +342,13 @@ class Connection(asyncio.Protocol):
     def _too_large(self) -> HttpError:
         return HttpError(413, f"the body is larger than {self._limits.max_body} bytes", code="request_too_large")
 
+    def _head_too_large(self) -> HttpError:
+        return HttpError(431, f"the head is larger than {self._limits.max_head} bytes")
+
     def _count_head(self, size: int) -> None:
         self._head_bytes += size
         if self._head_bytes > self._limits.max_head and not self._deaf:
-            self._fail(HttpError(431, f"the head is larger than {self._limits.max_head} bytes"))
+            self._fail(self._head_too_large())
 
     def _reserve_head(self, size: int) -> None:
         """Heads count against the common budget: while they arrive by what arrived, then by what they hold."""
