@@ -30,8 +30,10 @@ create_environment() {
         fail "$python has no pip for the virtual environment (on Debian: apt-get install python3-venv)"
 }
 
-is_new_enough "$python" ||
-    fail "Python 3.11 or newer is needed, $python is $("$python" --version 2>&1 || true); name another one: make setup PYTHON=python3.12"
+if ! is_new_enough "$python"; then
+    found=$("$python" -c 'import platform; print(platform.python_version())' 2>/dev/null) || found="not there"
+    fail "Python 3.11 or newer is needed and $python is $found; name another one: make setup PYTHON=python3.12"
+fi
 is_new_enough "$bin/python" && "$bin/python" -m pip --version >/dev/null 2>&1 || create_environment
 
 take_over_from_pip global.index-url UV_DEFAULT_INDEX
