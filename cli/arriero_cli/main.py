@@ -1,0 +1,48 @@
+"""The `arriero` command: each subcommand is a module that offers `add_parser(subparsers)`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from arriero_cli import chat, plan, up
+from arriero_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, CommandError
+
+_EPILOG = "exit status: 0 done, 1 failed, 2 wrong usage or an invalid file, 130 interrupted"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="arriero", description="Serve Llama models, and talk to what serves them.", epilog=_EPILOG
+    )
+    parser.add_argument("--version", action="version", version=f"arriero {metadata.version('arriero')}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (up, plan, chat):
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns the exit status: 0 done, 1 failed, 2 wrong usage or an invalid file, 130 interrupted.
+    """
+    args = build_parser().parse_args(arguments)
+    try:
+        return int(args.run(args))
+    except CommandError as error:
+        print(f"arriero: {error}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has had enough; the interpreter's last flush must not complain about it.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
