@@ -33,6 +33,8 @@ from arriero_worker.engine.queue import Deadlines, Ordered
 from arriero_worker.engine.sequence import Sequence
 from arriero_worker.engine.step import Admit, Chunk, Grow, StepPlan, StepResult
 
+__all__ = ["Scheduler", "SchedulerSettings", "Stats"]
+
 _append = array.append
 
 
