@@ -122,6 +122,7 @@ def _launch(deployment: LlamaDeployment, args: argparse.Namespace, directory: Pa
             model_path=str(model.resolve()),
             run_directory=str(directory),
             threads=max(1, len(os.sched_getaffinity(0)) // plan.world),
+            bind_address=LOOPBACK,
         )
     except ModelError as error:
         raise CommandError(str(error), EXIT_USAGE) from error

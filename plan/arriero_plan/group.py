@@ -30,12 +30,14 @@ def launch_for(
     model_path: str,
     run_directory: str,
     threads: int = 1,
+    bind_address: str = "0.0.0.0",
 ) -> Launch:
     """The launch of one group.
 
     addresses: one for each of the plan's pods_per_group, in pod order, the leader's first.
     model_path: the directory of the checkpoint as the pods see it.
     threads: CPU threads of a rank where spec.engine.threadsPerRank is omitted.
+    bind_address: where the pods' servers listen.
     Raises PlanError for a plan whose number formats the engine does not run.
     """
     check_servable(plan)
@@ -76,6 +78,7 @@ def launch_for(
             threads=engine.threads_per_rank or threads,
         ),
         drain_seconds=deployment.spec.rollout.drain_seconds,
+        bind_address=bind_address,
         run_directory=run_directory,
     )
 

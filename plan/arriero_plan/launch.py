@@ -98,6 +98,7 @@ class Launch(_Frozen):
     pods: tuple[Pod, ...]
     engine: EngineSettings
     drain_seconds: float = Field(default=120, ge=0)
+    bind_address: str = Field(default="0.0.0.0", description="where the pods' servers listen; loopback on one machine")
     run_directory: str = Field(description="a private directory of the pod, for its sockets and shared memory names")
 
     @model_validator(mode="after")

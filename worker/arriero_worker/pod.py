@@ -25,7 +25,7 @@ from arriero_worker.rank_entry import EXIT_UNUSABLE, engine_socket, run_rank
 
 log = logging.getLogger("arriero.pod")
 
-_SILENT = 10.0  # seconds without a heartbeat before a rank's process is killed
+_SILENT = 5.0  # seconds without a heartbeat before a rank's process is killed
 _STEADY = 30.0  # a process that lived so long starts again at once, others with back-off
 _LONGEST_BACKOFF = 30.0
 _GLANCE = 0.5  # seconds between looks at heartbeats
@@ -161,7 +161,7 @@ class Pod:
         Returns the exit code: 0 after a drain, EXIT_UNUSABLE when a rank says that it can never run, 1 after a
         second signal. Raises OSError when the control port is taken.
         """
-        multiprocessing.get_context("forkserver").set_forkserver_preload(["arriero_worker.rank"])
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["arriero_worker.fork_server"])
         self._control.start()
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._on_signal)

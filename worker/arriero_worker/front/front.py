@@ -29,6 +29,7 @@ class Front:
         self.service = Service(launch, self.client)
         api = HttpApi(self.service)
         self.http = HttpServer(api, limits, api.refused)
+        self.service.metrics.watch_http(lambda: self.http.connections, lambda: self.http.unanswered)
         self.grpc = GrpcFace(self.service, limits)
         self.http_port = 0
         self.grpc_port = 0
@@ -37,10 +38,11 @@ class Front:
     async def start(self) -> None:
         """Listen on the leader's ports (0: any free one, then told by `http_port` and `grpc_port`). Raises OSError."""
         pod = self.launch.pods[0]
-        listener = bind(pod.host, pod.http_port)
+        host = self.launch.bind_address
+        listener = bind(host, pod.http_port)
         self.http_port = listener.getsockname()[1]
         await self.http.start(listener)
-        self.grpc_port = await self.grpc.start(pod.host, pod.grpc_port)
+        self.grpc_port = await self.grpc.start(host, pod.grpc_port)
         self.client.start()
         log.info("listening http_port=%d grpc_port=%d", self.http_port, self.grpc_port)
 

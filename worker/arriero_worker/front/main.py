@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import logging
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import uvloop
 from arriero_plan.launch import Launch, LaunchError, parse_launch
 from arriero_worker.front.front import Front
 from arriero_worker.front.text.vocabulary import TokenizerError
+from arriero_worker.process import die_with_parent, set_process_name, set_up_logging
+from arriero_worker.rank_entry import EXIT_UNUSABLE
 
 log = logging.getLogger("arriero.front")
 
@@ -23,13 +24,14 @@ def run_front(launch: Launch, socket_path: str) -> int:
     """Serve until told to stop; the process's exit status.
 
     The first SIGTERM (or SIGINT) drains: not ready at once, running requests may end within `launch.drain_seconds`. A
-    second one of the same kind stops now. Either way the status is 0; it is 1 where the faces could not be opened.
+    second one of the same kind stops now. Either way the status is 0; it is 1 where the faces could not
+    be opened, EXIT_UNUSABLE where the tokenizer cannot be read.
     """
     try:
         front = Front(launch, socket_path)
     except TokenizerError as error:
         log.error("%s", error)
-        return 1
+        return EXIT_UNUSABLE
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(front))
 
@@ -65,25 +67,19 @@ async def _serve(front: Front) -> int:
     return 0
 
 
-def configure_logging(level: str = "INFO") -> None:
-    """One compact line per record on standard error."""
-    handler = logging.StreamHandler(sys.stderr)
-    formatter = logging.Formatter("%(asctime)s.%(msecs)03d %(levelname).1s %(name)s %(message)s", "%Y-%m-%dT%H:%M:%S")
-    handler.setFormatter(formatter)
-    logging.basicConfig(level=level, handlers=[handler], force=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m arriero_worker.front --launch FILE --engine SOCKET`."""
     parser = argparse.ArgumentParser(prog="arriero-front", description="The public faces of a replica.")
     parser.add_argument("--launch", required=True, type=Path, help="the launch file")
     parser.add_argument("--engine", required=True, help="the engine's Unix socket")
-    parser.add_argument("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     options = parser.parse_args(arguments)
-    configure_logging(options.log_level)
+    die_with_parent()
+    set_process_name("arriero-front")
+    set_up_logging(options.log_level)
     try:
         launch = parse_launch(options.launch.read_text(encoding="utf-8"), str(options.launch))
     except (OSError, LaunchError) as error:
         log.error("%s", error)
-        return 1
+        return 2
     return run_front(launch, options.engine)

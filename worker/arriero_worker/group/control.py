@@ -58,7 +58,7 @@ class Control(worker_pb2_grpc.WorkerServicer):
         """Raises OSError if the port is taken."""
         port = self._launch.pods[self._pod].control_port
         try:
-            bound = self._server.add_insecure_port(f"0.0.0.0:{port}")
+            bound = self._server.add_insecure_port(f"{self._launch.bind_address}:{port}")
         except RuntimeError:
             bound = 0
         if bound != port:
