@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -46,7 +47,7 @@ def error_sentence(status: int, body: bytes) -> str:
 
 def unreachable(url: str, error: Exception) -> CommandError:
     """The sentence for a server that cannot be talked to."""
-    reason = str(error) or type(error).__name__
+    reason = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
     return CommandError(f"{url}: {reason[0].lower()}{reason[1:]}")
 
 

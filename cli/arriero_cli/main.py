@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from arriero_cli import chat, plan, up
+from arriero_cli import bench, chat, plan, up
 from arriero_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, CommandError
 
 _EPILOG = "exit status: 0 done, 1 failed, 2 wrong usage or an invalid file, 130 interrupted"
@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"arriero {metadata.version('arriero')}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (up, plan, chat):
+    for command in (up, plan, chat, bench):
         command.add_parser(subparsers)
     return parser
 
@@ -30,7 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns the exit status: 0 done, 1 failed, 2 wrong usage or an invalid file, 130 interrupted.
     """
-    args = build_parser().parse_args(arguments)
+    return execute(build_parser().parse_args(arguments))
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Run what was parsed; its failure becomes one sentence on standard error."""
     try:
         return int(args.run(args))
     except CommandError as error:

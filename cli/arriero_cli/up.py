@@ -34,6 +34,7 @@ from arriero_plan.plan import PlanError, make_plan
 from arriero_plan.spec import LlamaDeployment, SpecError
 
 _GLANCE = 0.1  # seconds between looks at what changed
+_ONE_WISH = 0.3  # seconds within which two signals are one wish: some starters signal a process and its group
 _AFTER_DRAIN = 8.0  # seconds a pod has beyond drainSeconds to end by itself
 _PASSED_ON = ("PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD")
 _PASSED_ON_PREFIXES = ("LC_", "ARRIERO_", "CUDA_", "NCCL_", "GLOO_")
@@ -171,6 +172,7 @@ class _Up:
         self._base_url = f"http://{LOOPBACK}:{launch.pods[0].http_port}"
         self._leaving, self._stopping = asyncio.Event(), asyncio.Event()
         self._was_ready = False
+        self._asked = 0.0
 
     async def run(self) -> int:
         """Returns the exit status; nothing runs any more then. Raises CommandError."""
@@ -200,7 +202,12 @@ class _Up:
             await asyncio.gather(keeping, watching, asked, return_exceptions=True)
 
     def _on_signal(self) -> None:
-        (self._stopping if self._leaving.is_set() else self._leaving).set()
+        now = time.monotonic()
+        if not self._leaving.is_set():
+            self._asked = now
+            self._leaving.set()
+        elif now - self._asked > _ONE_WISH:
+            self._stopping.set()
 
     async def _drain(self, keeping: asyncio.Future[None]) -> int:
         self._board.close()
@@ -224,8 +231,9 @@ class _Up:
     async def _show(self) -> None:
         requests = 0
         while True:
-            self._board.refresh()
-            if self._leaving.is_set() and requests != self._view.requests:
+            if not self._leaving.is_set():
+                self._board.refresh()
+            elif requests != self._view.requests:
                 requests = self._view.requests
                 self._board.say(f"draining: {requests} requests left")
             await asyncio.sleep(_GLANCE)
