@@ -387,7 +387,7 @@ class TestPriority:
         harness.finish()
 
     def test_a_better_one_preempts_for_blocks_only_if_that_can_be_enough(self) -> None:
-        harness = Harness(kv_blocks=12, max_context=48, prefix_cache=False)
+        harness = Harness(kv_blocks=12, max_context=48, prefix_cache=False, max_running=2)
         keeper = never_stopping(harness, length=16, priority=0, max_tokens=30)
         loser = never_stopping(harness, length=12, priority=5)
         for _ in range(3):

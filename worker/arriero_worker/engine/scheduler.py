@@ -313,10 +313,12 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, plan: StepPlan) -> bool:
         """Give the queue's head a slot and the blocks of all its tokens, if it can have them now."""
-        if sequence.needs > self._spare_blocks and not self._outranked(sequence):
-            return False  # what it lacked last time is still missing: spare the look-up
+        if not self._outranked(sequence) and (not self._free_slots or sequence.needs > self._spare_blocks):
+            return False  # a slot, or what it lacked last time, is still missing: spare the look-up
+        if self._free_slots and self._free_slots[0][0] > plan.step:
+            return False  # one is resting (see `_vacate`), soon to be had
         cached = self._prefixes.match(sequence)
-        if cached is None or not self._find_slot(sequence, plan.step) or not self._find_blocks(sequence, cached):
+        if cached is None or not self._find_blocks(sequence, cached) or not self._find_slot(plan.step):
             return False
         self._waiting.remove(sequence)
         _usable, sequence.slot = self._free_slots.popleft()
@@ -348,11 +350,12 @@ class Scheduler:
         last = self._running.last
         return last is not None and last.order[0] > sequence.order[0]
 
-    def _find_slot(self, sequence: Sequence, step: int) -> bool:
-        if not self._free_slots and self._outranked(sequence):
+    def _find_slot(self, step: int) -> bool:
+        """Whether a slot can be used at `step`, after preempting the last of the running for it if all are taken."""
+        if not self._free_slots:
             assert self._running.last is not None
             self._preempt(self._running.last)
-        return bool(self._free_slots) and self._free_slots[0][0] <= step
+        return self._free_slots[0][0] <= step
 
     def _find_blocks(self, sequence: Sequence, cached: list[int]) -> bool:
         """Whether its blocks are there, after preempting those of lower priority if that can be enough."""
