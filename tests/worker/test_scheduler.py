@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 
 import pytest
@@ -573,6 +574,49 @@ class TestLostRank:
         assert following is not None
         assert following.step > last.step
         harness.finish()
+
+
+def calls_of_a_decode_step(running: int) -> int:
+    """Python and C calls of `schedule` and `commit` where all decode and none needs a block."""
+    harness = Harness(
+        max_running=running,
+        max_waiting=running,
+        max_batch_tokens=4096,
+        block_size=32,
+        kv_blocks=4 * running,
+        max_context=100,
+    )
+    for i in range(running):
+        harness.scheduler.submit(request(i, sampling=SamplingParams(max_tokens=90, stop_token_ids=(9,))))
+    scheduler, calls, plans = harness.scheduler, 0, []
+
+    def step() -> None:
+        plan = scheduler.schedule()
+        assert plan is not None
+        plans.append(plan)
+        if len(plans) > 1:
+            scheduler.commit(results[len(plans)])
+
+    results = {number: StepResult(number - 2, [0] * running) for number in range(2, 8)}
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    for _ in range(6):
+        step()
+    sys.setprofile(count)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    assert len(plans[-1].decodes) == 4 * running
+    assert not plans[-1].grows
+    return calls
+
+
+def test_a_decode_step_costs_no_python_per_sequence() -> None:
+    assert calls_of_a_decode_step(8) == calls_of_a_decode_step(512) < 100
 
 
 class TestFigures:
