@@ -1,8 +1,8 @@
 """An engine for the faces' tests: the real messages over a real Unix socket, a model that echoes.
 
-The answer to a prompt is its own text: the last user's turn of a conversation, or every token of a plain prompt that is not
-special; then the end of text. With a temperature above 0 the answer begins with the seed's last digit, so that answers
-can be told apart. All of it is a function of (prompt, seed, position), so a resumed request goes on where it broke.
+The answer to a prompt is its own text: the last user's turn of a conversation, or every token of a plain prompt that is
+not special; then the end of text. With a temperature above 0 the answer begins with the seed's last digit, so that
+answers can be told apart. All is a function of (prompt, seed, position), so a resumed request goes on where it broke.
 """
 
 from __future__ import annotations
@@ -120,6 +120,8 @@ class FakeEngine:
         self._budget = after
         if after == 0:
             self._go.clear()
+        else:
+            self._go.set()
 
     def go(self) -> None:
         self._budget = -1

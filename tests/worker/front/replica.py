@@ -38,7 +38,11 @@ TEMPLATE = """{{- bos_token }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}
 """
-_CORPUS = ["the capital of France is Paris", "hello world, one two three four five", '{"name": "f", "parameters": {}}'] * 20
+_CORPUS = [
+    "the capital of France is Paris",
+    "hello world, one two three four five",
+    '{"name": "f", "parameters": {}}',
+] * 20
 
 
 def write_model(path: Path) -> None:
@@ -61,7 +65,11 @@ def write_model(path: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[bos])
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
-    config = {"bos_token": "<|bos|>", "eos_token": {"__type": "AddedToken", "content": "<|eot|>"}, "chat_template": TEMPLATE}
+    config = {
+        "bos_token": "<|bos|>",
+        "eos_token": {"__type": "AddedToken", "content": "<|eot|>"},
+        "chat_template": TEMPLATE,
+    }
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     eos = tokenizer.token_to_id("<|eot|>")
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos], "temperature": 0.0}))
@@ -212,7 +220,7 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 def parse_response(data: bytes, method: str = "GET") -> Response:
-    """One response from the bytes of a connection that was closed behind it. `body` is None-terminated if cut: see `cut`."""
+    """One response from the bytes of a connection that was closed behind it; a cut body ends in `<cut>`."""
     while data.startswith(b"HTTP/1.1 100 "):
         data = data.split(b"\r\n\r\n", 1)[1]
     head, _, body = data.partition(b"\r\n\r\n")

@@ -143,7 +143,9 @@ ROWS += [(CHAT, *row) for row in ONLY_CHAT] + [(TEXT, *row) for row in ONLY_TEXT
 
 
 @pytest.mark.parametrize(("path", "fields", "param", "code"), ROWS, ids=lambda value: str(value)[:50])
-def test_a_bad_field_is_named(replica: Replica, path: str, fields: dict[str, Any], param: str, code: str | None) -> None:
+def test_a_bad_field_is_named(
+    replica: Replica, path: str, fields: dict[str, Any], param: str, code: str | None
+) -> None:
     before = len(replica.engine.submitted)
     base = {"messages": [USER]} if path == CHAT else {"prompt": "hi"}
     response = replica.post(path, base | fields)

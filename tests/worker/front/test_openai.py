@@ -227,7 +227,13 @@ def test_n_answers_use_their_own_seeds(replica: Replica) -> None:
     two = completion(replica, ["ab", "cd"], n=2, seed=3, temperature=1)["choices"]
     assert [choice["text"] for choice in two] == ["3ab", "4ab", "3cd", "4cd"]
     data = chunks(
-        replica, "/v1/chat/completions", messages=USER, n=2, seed=4, temperature=1, stream_options={"include_usage": True}
+        replica,
+        "/v1/chat/completions",
+        messages=USER,
+        n=2,
+        seed=4,
+        temperature=1,
+        stream_options={"include_usage": True},
     )
     texts = ["", ""]
     for event in data[:-2]:

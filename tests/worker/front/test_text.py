@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
@@ -18,7 +19,7 @@ from arriero_worker.front.text.chat_template import ChatTemplate, TemplateRefusa
 from arriero_worker.front.text.detokenizer import Detokenizer
 from arriero_worker.front.text.generation_config import load_generation_defaults
 from arriero_worker.front.text.stop import StopMatcher, StopStrings
-from arriero_worker.front.text.tokenizer import PromptTooLong, load_tokenizer
+from arriero_worker.front.text.tokenizer import PromptTooLong, Tokenizer, load_tokenizer
 from arriero_worker.front.text.tools import ToolCall, ToolGate, parse_tool_calls
 from arriero_worker.front.text.vocabulary import TokenizerError, Vocabulary
 
@@ -41,9 +42,15 @@ def test_detokenizer_equals_the_tokenizers_own_decoding(directory: str, model: P
         assert whole(vocabulary, ids) == backend.decode(ids, skip_special_tokens=True)
 
 
+@cache
+def example() -> Tokenizer:
+    return load_tokenizer(EXAMPLE)
+
+
+@settings(deadline=None)
 @given(st.text())
 def test_detokenizer_gives_back_any_text_and_never_cuts_a_character(text: str) -> None:
-    tokenizer = load_tokenizer(EXAMPLE)
+    tokenizer = example()
     detokenizer = Detokenizer(tokenizer.vocabulary)
     pieces = [detokenizer.feed(id) for id in tokenizer.encode(text, special=True)]
     assert detokenizer.finish() == ""
@@ -103,6 +110,7 @@ def by_scanning(stops: list[str], text: str) -> tuple[str, str | None]:
     return text, None
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=4),
     st.text("abc", max_size=24),
@@ -134,7 +142,10 @@ NAMES = frozenset({"f", "get_weather"})
     [
         ('{"name": "f", "parameters": {"a": 1}}', [ToolCall("f", '{"a": 1}')]),
         ('<|python_tag|>{"name": "f", "arguments": {}}', [ToolCall("f", "{}")]),
-        ('{"name":"f","parameters":{}}; {"name":"get_weather","parameters":{"c":"Zürich"}}', [ToolCall("f", "{}"), ToolCall("get_weather", '{"c": "Zürich"}')]),
+        (
+            '{"name":"f","parameters":{}}; {"name":"get_weather","parameters":{"c":"Zürich"}}',
+            [ToolCall("f", "{}"), ToolCall("get_weather", '{"c": "Zürich"}')],
+        ),
         ('[{"name":"f","parameters":{}}]', [ToolCall("f", "{}")]),
         ('{"name": "unknown", "parameters": {}}', []),
         ('{"name": "f", "parameters": [1]}', []),
@@ -144,7 +155,7 @@ NAMES = frozenset({"f", "get_weather"})
         ("plain text", []),
         ("", []),
     ],
-)  # fmt: skip
+)
 def test_tool_calls_are_read_from_the_whole_answer(answer: str, calls: list[ToolCall]) -> None:
     assert parse_tool_calls(answer, NAMES) == calls
 

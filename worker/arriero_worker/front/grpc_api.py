@@ -9,11 +9,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from arriero.inference.v1 import inference_pb2 as pb
-from arriero.inference.v1 import inference_pb2_grpc
 from arriero_worker.engine.messages import TokenLogprobs
 from arriero_worker.front.answer import Piece
 from arriero_worker.front.http.errors import HttpError
@@ -77,7 +77,7 @@ class GrpcFace:
             ],
             maximum_concurrent_rpcs=self._limits.max_connections,
         )
-        inference_pb2_grpc.add_InferenceServicer_to_server(self._inference, server)
+        server.add_generic_rpc_handlers((self._inference.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
@@ -115,20 +115,40 @@ class GrpcFace:
             await self._server.stop(None)
 
 
-class _Inference(inference_pb2_grpc.InferenceServicer):
+class _Inference:
+    """The service's methods. They parse their requests themselves: grpc.aio would call garbage an UNKNOWN error."""
+
     def __init__(self, service: Service, stall_seconds: float) -> None:
         self._service = service
         self._stall = stall_seconds
         self.running = 0
 
-    async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
-        await self._guarded("Generate", context, lambda: self._generate(request, context))
+    def handler(self) -> Any:
+        unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
+        methods = {
+            "Generate": stream(self.Generate, response_serializer=pb.GenerateResponse.SerializeToString),
+            "Tokenize": unary(self.Tokenize, response_serializer=pb.TokenizeResponse.SerializeToString),
+            "GetModel": unary(self.GetModel, response_serializer=pb.GetModelResponse.SerializeToString),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
 
-    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
-        return await self._guarded("Tokenize", context, lambda: self._tokenize(request))
+    async def Generate(self, data: bytes, context: Any) -> None:
+        async def call() -> None:
+            await self._generate(_parsed(pb.GenerateRequest, data), context)
 
-    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
-        return await self._guarded("GetModel", context, lambda: self._get_model(request))
+        await self._guarded("Generate", context, call)
+
+    async def Tokenize(self, data: bytes, context: Any) -> pb.TokenizeResponse:
+        async def call() -> pb.TokenizeResponse:
+            return await self._tokenize(_parsed(pb.TokenizeRequest, data))
+
+        return await self._guarded("Tokenize", context, call)
+
+    async def GetModel(self, data: bytes, context: Any) -> pb.GetModelResponse:
+        async def call() -> pb.GetModelResponse:
+            return self._get_model(_parsed(pb.GetModelRequest, data))
+
+        return await self._guarded("GetModel", context, call)
 
     async def _guarded(self, method: str, context: Any, call: Callable[[], Awaitable[_T]]) -> _T:
         """Count the call, and turn errors into statuses."""
@@ -152,7 +172,7 @@ class _Inference(inference_pb2_grpc.InferenceServicer):
             self.running -= 1
             self._service.metrics.request("grpc", method, status)
 
-    async def _get_model(self, request: pb.GetModelRequest) -> pb.GetModelResponse:
+    def _get_model(self, request: pb.GetModelRequest) -> pb.GetModelResponse:
         service = self._service
         service.resolve_model(request.model)
         layout = service.launch.layout
@@ -222,7 +242,7 @@ class _Inference(inference_pb2_grpc.InferenceServicer):
 
     async def _generation(self, request: pb.GenerateRequest, resume: Resume) -> tuple[Generation, str]:
         service = self._service
-        fields = _fields(request.sampling, resume)
+        fields = _fields(request.sampling)
         bounded("queue_timeout_seconds", request.queue_timeout_seconds, 0, 1e9)
         if len(request.cache_salt) > 256:
             raise refuse("cache_salt", "at most 256 characters")
@@ -241,7 +261,7 @@ class _Inference(inference_pb2_grpc.InferenceServicer):
             raise refuse("input", "exactly one of text, token_ids and conversation is needed")
         generation = Generation(
             prompts=[prompt],
-            sampling=service.sampling(fields, [prompt], param=kind),
+            sampling=service.sampling(fields, [prompt], resume, param=kind),
             n=1 if fields.n is None else fields.n,
             stop=fields.stop,
             priority=request.priority,
@@ -252,7 +272,14 @@ class _Inference(inference_pb2_grpc.InferenceServicer):
         return generation, echo if request.echo and resume.answers is None else ""
 
 
-def _fields(parameters: pb.SamplingParameters, resume: Resume) -> SamplingFields:
+def _parsed(kind: type[_T], data: bytes) -> _T:
+    try:
+        return kind.FromString(data)  # type: ignore[attr-defined,no-any-return]
+    except DecodeError as error:
+        raise HttpError(400, f"the request is not a {kind.__name__}") from error
+
+
+def _fields(parameters: pb.SamplingParameters) -> SamplingFields:
     def optional(name: str) -> Any:
         return getattr(parameters, name) if parameters.HasField(name) else None
 
@@ -267,7 +294,7 @@ def _fields(parameters: pb.SamplingParameters, resume: Resume) -> SamplingFields
         presence_penalty=parameters.presence_penalty,
         frequency_penalty=parameters.frequency_penalty,
         logit_bias=dict(parameters.logit_bias),
-        seed=optional("seed") if resume.seed is None else resume.seed,
+        seed=optional("seed"),
         stop=list(parameters.stop),
         stop_token_ids=list(parameters.stop_token_ids),
         ignore_eos=parameters.ignore_eos,

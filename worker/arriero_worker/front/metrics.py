@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
@@ -72,6 +72,13 @@ class Metrics:
 
     def answer(self, finish_reason: str) -> None:
         self._answers.labels(self._model, finish_reason).inc()
+
+    def watch_http(self, connections: Callable[[], int], held: Callable[[], int]) -> None:
+        """Show the HTTP server's own numbers."""
+        gauge = Gauge("arriero_http_connections", "Open HTTP connections.", ("model",), registry=self.registry)
+        gauge.labels(self._model).set_function(lambda: float(connections()))
+        gauge = Gauge("arriero_http_held_bytes", "Bytes of unanswered requests.", ("model",), registry=self.registry)
+        gauge.labels(self._model).set_function(lambda: float(held()))
 
     def render(self) -> bytes:
         return generate_latest(self.registry)

@@ -7,6 +7,7 @@ continue, it sends the same request again with
   index, separated by `;`. A group ending in `!` had its finish delivered: nothing more is sent for that answer.
 - `x-arriero-resume-seed`: the seed received. Needed unless the request itself has a seed or is greedy.
 - `x-arriero-resume-id`, `x-arriero-resume-created` (optional): to go on under the same id and time.
+- `x-arriero-resume-cached` (optional): the cached prompt tokens last told; the usage repeats it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ TOKENS = "x-arriero-resume-tokens"
 SEED = "x-arriero-resume-seed"
 ID = "x-arriero-resume-id"
 CREATED = "x-arriero-resume-created"
+CACHED = "x-arriero-resume-cached"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,8 @@ class Resume:
     seed: int | None = None
     id: str | None = None
     created: int | None = None
+    cached: int | None = None
+    """Prompt tokens found in the first replica's prefix cache: what usage says then."""
 
 
 def parse_resume(header: Callable[[str], str | None], vocab_size: int) -> Resume:
@@ -51,6 +55,7 @@ def parse_resume(header: Callable[[str], str | None], vocab_size: int) -> Resume
     if flag not in (None, "0", "1"):
         raise _wrong(HEADER, "must be 0 or 1")
     tokens, seed, created, id = header(TOKENS), header(SEED), header(CREATED), header(ID)
+    cached = header(CACHED)
     if id is not None and not valid_id(id):
         raise _wrong(ID, "must be 1 to 128 letters, digits, dots, dashes or underscores")
     return Resume(
@@ -59,6 +64,7 @@ def parse_resume(header: Callable[[str], str | None], vocab_size: int) -> Resume
         seed=None if seed is None else _whole(SEED, seed, 2**64 - 1),
         id=id,
         created=None if created is None else _whole(CREATED, created, 2**53),
+        cached=None if cached is None else _whole(CACHED, cached, 2**31 - 1),
     )
 
 

@@ -19,7 +19,7 @@ from arriero_worker.front.answer import Answer, AnswerRules, Piece
 from arriero_worker.front.engine_client import ConsumerTooSlow, Delta, EngineClient, EngineGone, Submission
 from arriero_worker.front.http.errors import HttpError
 from arriero_worker.front.metrics import Metrics
-from arriero_worker.front.resume import Resume, Resumed
+from arriero_worker.front.resume import SEED, TOKENS, Resume, Resumed
 from arriero_worker.front.sampling import SamplingFields, build_sampling, check_sampling
 from arriero_worker.front.text.chat_template import TemplateRefusal, load_chat_template
 from arriero_worker.front.text.generation_config import load_generation_defaults
@@ -168,11 +168,14 @@ class Service:
         self,
         fields: SamplingFields,
         prompts: list[list[int]],
+        resume: Resume,
         *,
         default_max_tokens: int | None = None,
         param: str = "prompt",
     ) -> SamplingParams:
         """The engine's parameters for these prompts. Raises HttpError 400 naming the field."""
+        if resume.seed is not None:
+            fields.seed = resume.seed
         check_sampling(fields, self.vocab_size)
         longest = max(map(len, prompts))
         if min(map(len, prompts)) == 0:
@@ -180,7 +183,10 @@ class Service:
         room = self.max_context - longest
         if room < 1:
             raise self._too_long(str(longest), param)
-        return build_sampling(fields, self.defaults, room=room, default_max_tokens=default_max_tokens)
+        sampling = build_sampling(fields, self.defaults, room=room, default_max_tokens=default_max_tokens)
+        if fields.seed is None and sampling.temperature > 0 and any(was.tokens for was in resume.answers or ()):
+            raise HttpError(400, f"{SEED}: a sampled answer cannot go on without its seed", param=SEED)
+        return sampling
 
     def _too_long(self, tokens: str, param: str) -> HttpError:
         return HttpError(
@@ -220,7 +226,7 @@ class Run:
 
     def __init__(self, service: Service, generation: Generation, rules: AnswerRules) -> None:
         self.seed = generation.sampling.seed
-        self.usage = Usage(prompt_tokens=sum(map(len, generation.prompts)))
+        self.usage = Usage(prompt_tokens=sum(map(len, generation.prompts)), cached_tokens=generation.resume.cached or 0)
         self._service = service
         self._metrics = service.metrics
         self._generation = generation
@@ -244,8 +250,8 @@ class Run:
         if resumed is not None and len(resumed) != count:
             raise HttpError(
                 400,
-                f"x-arriero-resume-tokens: {len(resumed)} groups of tokens for {count} answers",
-                param="x-arriero-resume-tokens",
+                f"{TOKENS}: {len(resumed)} groups of tokens for {count} answers",
+                param=TOKENS,
             )
         requests = []
         ids = self._service.client.allocate(count)
@@ -328,7 +334,8 @@ class Run:
         answer = self._answers[place]
         if answer.finish is not None:
             return None
-        if delta.cached > 0 and answer.index % self._generation.n == 0:
+        first_of_prompt = answer.index % self._generation.n == 0
+        if delta.cached > 0 and first_of_prompt and self._generation.resume.cached is None:
             prompt = self._generation.prompts[answer.index // self._generation.n]
             self.usage.cached_tokens += min(delta.cached, len(prompt))
         before = answer.count

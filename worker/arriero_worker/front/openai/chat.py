@@ -10,11 +10,11 @@ from arriero_worker.front.answer import Piece
 from arriero_worker.front.http.exchange import Exchange
 from arriero_worker.front.openai.encode import (
     Identity,
+    ResumeComments,
     event,
     finite,
     json_bytes,
     prompt_logprobs,
-    resume_comment,
     usage_fields,
 )
 from arriero_worker.front.openai.parse import (
@@ -26,6 +26,7 @@ from arriero_worker.front.openai.parse import (
 )
 from arriero_worker.front.openai.reply import collect, resume_of, stream
 from arriero_worker.front.openai.schema import ChatRequest
+from arriero_worker.front.resume import Resume
 from arriero_worker.front.sampling import refuse
 from arriero_worker.front.service import Generation, Run, Service, Usage
 from arriero_worker.front.text.tools import ToolCall
@@ -55,9 +56,9 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
         run.close()
 
 
-async def _generation(service: Service, request: ChatRequest, resume: Any) -> tuple[Generation, str]:
+async def _generation(service: Service, request: ChatRequest, resume: Resume) -> tuple[Generation, str]:
     """The checked request, and the text to put in front of the answers (echo)."""
-    fields = sampling_fields(request, resume)
+    fields = sampling_fields(request)
     if request.max_completion_tokens is not None:
         if request.max_tokens not in (None, request.max_completion_tokens):
             raise refuse("max_tokens", "differs from max_completion_tokens; send one of them")
@@ -83,7 +84,7 @@ async def _generation(service: Service, request: ChatRequest, resume: Any) -> tu
     last = messages[-1]
     generation = Generation(
         prompts=[prompt],
-        sampling=service.sampling(fields, [prompt], param="messages"),
+        sampling=service.sampling(fields, [prompt], resume, param="messages"),
         n=request.n or 1,
         stop=fields.stop,
         include_stop=bool(request.include_stop_str_in_output),
@@ -172,7 +173,7 @@ class ChatStream:
         self.echo = ""
         self._vocabulary = vocabulary
         self._identity = identity
-        self._run = run
+        self._comments = ResumeComments(identity, run, generation.n > 1)
         self._resume = generation.resume
         self._answers = generation.n
         self._include_usage = include_usage
@@ -196,9 +197,7 @@ class ChatStream:
             if self.echo:
                 out.append(self._chunk(index, b'{"content":' + json_bytes(self.echo) + b"}", b"null", None))
         if self._resume.wanted:
-            fields: dict[str, Any] = {"index": 0} if self._answers > 1 else {}
-            fields |= {"tokens": [], "seed": self._run.seed}
-            out.append(resume_comment(fields | {"id": self._identity.id, "created": self._identity.created}))
+            out.append(self._comments.comment(0, []))
         return b"".join(out)
 
     def piece(self, piece: Piece) -> bytes:
@@ -216,8 +215,7 @@ class ChatStream:
         if piece.finish is not None:
             out.append(self._chunk(piece.index, b"{}", logprobs, piece))
         if self._resume.wanted:
-            index = {"index": piece.index} if self._answers > 1 else {}
-            out.append(resume_comment({**index, "tokens": piece.tokens}))
+            out.append(self._comments.comment(piece.index, piece.tokens))
         return b"".join(out)
 
     def last(self, usage: Usage) -> bytes:

@@ -9,12 +9,12 @@ from arriero_worker.front.answer import Piece
 from arriero_worker.front.http.exchange import Exchange
 from arriero_worker.front.openai.encode import (
     Identity,
+    ResumeComments,
     alternatives,
     event,
     finite,
     json_bytes,
     prompt_logprobs,
-    resume_comment,
     token_name,
     usage_fields,
 )
@@ -54,7 +54,7 @@ async def _generation(
     service: Service, request: CompletionRequest, resume: Resume
 ) -> tuple[Generation, list[str] | None]:
     """The checked request, and the prompts' texts where they are echoed."""
-    fields = sampling_fields(request, resume)
+    fields = sampling_fields(request)
     fields.logprobs = request.logprobs
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise refuse("best_of", "only supported where it equals n", "unsupported_field")
@@ -80,7 +80,7 @@ async def _generation(
             texts.append(service.tokenizer.decode(prompt) if request.echo else "")
     generation = Generation(
         prompts=prompts,
-        sampling=service.sampling(fields, prompts, default_max_tokens=DEFAULT_MAX_TOKENS),
+        sampling=service.sampling(fields, prompts, resume, default_max_tokens=DEFAULT_MAX_TOKENS),
         n=request.n or 1,
         stop=fields.stop,
         include_stop=bool(request.include_stop_str_in_output),
@@ -196,10 +196,9 @@ class CompletionStream:
 
     def __init__(self, shape: Shape, run: Run) -> None:
         self._shape = shape
-        self._run = run
         self._resume = shape.generation.resume
-        self._several = len(shape.generation.prompts) * shape.generation.n > 1
-        self._told = self._resume.answers is not None
+        several = len(shape.generation.prompts) * shape.generation.n > 1
+        self._comments = ResumeComments(shape.identity, run, several)
         self._echoed: set[int] = set()
         self._prefix = b"data: " + json_bytes(shape.head())[:-1] + b',"choices":[{"index":'
         self._suffix = b'}],"usage":null}\n\n' if shape.include_usage else b"}]}\n\n"
@@ -223,13 +222,7 @@ class CompletionStream:
         )
         if not self._resume.wanted:
             return out
-        fields: dict[str, Any] = {"index": piece.index} if self._several else {}
-        fields["tokens"] = piece.tokens
-        if not self._told:
-            self._told = True
-            identity = self._shape.identity
-            fields |= {"seed": self._run.seed, "id": identity.id, "created": identity.created}
-        return out + resume_comment(fields)
+        return out + self._comments.comment(piece.index, piece.tokens)
 
     def last(self, usage: Usage) -> bytes:
         if not self._shape.include_usage:

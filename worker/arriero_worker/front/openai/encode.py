@@ -12,7 +12,7 @@ from arriero_worker.engine.messages import TokenLogprobs
 from arriero_worker.front.http.errors import HttpError
 from arriero_worker.front.http.exchange import Exchange
 from arriero_worker.front.resume import Resume, valid_id
-from arriero_worker.front.service import Usage
+from arriero_worker.front.service import Run, Usage
 from arriero_worker.front.text.vocabulary import Vocabulary
 
 json_bytes = msgspec.json.encode
@@ -40,8 +40,27 @@ def event(value: Any) -> bytes:
     return b"data: " + json_bytes(value) + b"\n\n"
 
 
-def resume_comment(fields: dict[str, Any]) -> bytes:
-    return b": arriero " + json_bytes(fields) + b"\n\n"
+class ResumeComments:
+    """The comments behind pieces that let another replica go on: see docs/api.md."""
+
+    def __init__(self, identity: Identity, run: Run, several: bool) -> None:
+        self._identity = identity
+        self._run = run
+        self._several = several
+        self._begun = False
+        self._cached = 0
+
+    def comment(self, index: int, tokens: list[int]) -> bytes:
+        fields: dict[str, Any] = {"index": index} if self._several else {}
+        fields["tokens"] = tokens
+        if not self._begun:
+            self._begun = True
+            identity = self._identity
+            fields |= {"seed": self._run.seed, "id": identity.id, "created": identity.created}
+        cached = self._run.usage.cached_tokens
+        if cached != self._cached:
+            fields["cached"] = self._cached = cached
+        return b": arriero " + json_bytes(fields) + b"\n\n"
 
 
 def usage_fields(usage: Usage) -> dict[str, Any]:

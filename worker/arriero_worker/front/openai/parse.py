@@ -19,7 +19,6 @@ from arriero_worker.front.openai.schema import (
     TokenizeRequest,
     Tool,
 )
-from arriero_worker.front.resume import Resume
 from arriero_worker.front.sampling import SamplingFields, bounded, refuse
 
 _Schema = TypeVar("_Schema", CompletionRequest, ChatRequest, TokenizeRequest)
@@ -81,7 +80,7 @@ def check_neutral(request: GenerationFields) -> None:
         raise refuse("prompt_logprobs", "not available with stream")
 
 
-def sampling_fields(request: GenerationFields, resume: Resume) -> SamplingFields:
+def sampling_fields(request: GenerationFields) -> SamplingFields:
     """The shared fields; the caller adds max_tokens, n and logprobs where its schema differs."""
     stop = request.stop
     return SamplingFields(
@@ -95,7 +94,7 @@ def sampling_fields(request: GenerationFields, resume: Resume) -> SamplingFields
         presence_penalty=request.presence_penalty,
         frequency_penalty=request.frequency_penalty,
         logit_bias=_biases(request.logit_bias),
-        seed=request.seed if resume.seed is None else resume.seed,
+        seed=request.seed,
         stop=[] if stop is None else [stop] if isinstance(stop, str) else stop,
         stop_token_ids=request.stop_token_ids or [],
         ignore_eos=bool(request.ignore_eos),
