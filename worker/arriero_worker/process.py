@@ -8,6 +8,9 @@ import os
 import signal
 import sys
 
+EXIT_UNUSABLE = 3
+"""A process that can never run as it was launched (a bad checkpoint, say): starting it again would not help."""
+
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
@@ -27,7 +30,10 @@ def die_with_parent() -> None:
     supervisor.
     """
     parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(EXIT_UNUSABLE = 3
+"""A process that can never run as it was launched (a bad checkpoint, say): starting it again would not help."""
+
+_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
 

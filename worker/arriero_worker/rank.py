@@ -34,8 +34,8 @@ from arriero_worker.group.member import Member, Truth
 from arriero_worker.group.memory import PodMemory
 from arriero_worker.model.loader import CheckpointError
 from arriero_worker.model.shard import ShardError
-from arriero_worker.process import die_with_parent, set_process_name, set_up_logging
-from arriero_worker.rank_entry import EXIT_UNUSABLE, engine_socket
+from arriero_worker.process import EXIT_UNUSABLE, die_with_parent, set_process_name, set_up_logging
+from arriero_worker.rank_entry import engine_socket
 from arriero_worker.session import Session
 from arriero_worker.stage import LoadedStage, load_stage
 

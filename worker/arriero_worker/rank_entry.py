@@ -8,9 +8,6 @@ import os
 
 from arriero_plan.launch import Launch
 
-EXIT_UNUSABLE = 3
-"""The rank can never run as it was launched (a bad checkpoint, say): starting it again would not help."""
-
 
 def engine_socket(launch: Launch) -> str:
     """The Unix socket between faces and engine."""

@@ -14,8 +14,7 @@ import uvloop
 from arriero_plan.launch import Launch, LaunchError, parse_launch
 from arriero_worker.front.front import Front
 from arriero_worker.front.text.vocabulary import TokenizerError
-from arriero_worker.process import die_with_parent, set_process_name, set_up_logging
-from arriero_worker.rank_entry import EXIT_UNUSABLE
+from arriero_worker.process import EXIT_UNUSABLE, die_with_parent, set_process_name, set_up_logging
 
 log = logging.getLogger("arriero.front")
 
@@ -24,8 +23,8 @@ def run_front(launch: Launch, socket_path: str) -> int:
     """Serve until told to stop; the process's exit status.
 
     The first SIGTERM (or SIGINT) drains: not ready at once, running requests may end within `launch.drain_seconds`. A
-    second one of the same kind stops now. Either way the status is 0; it is 1 where the faces could not
-    be opened, EXIT_UNUSABLE where the tokenizer cannot be read.
+    second one of the same kind stops now. Either way the status is 0; it is 1 where the faces could not be opened, and
+    EXIT_UNUSABLE where the tokenizer cannot be read.
     """
     try:
         front = Front(launch, socket_path)
