@@ -46,16 +46,26 @@ class _Child:
         return not self.pid and now >= self._start_at
 
     def begin(self) -> None:
-        self.pid = self.start()
+        """Start, or put it off: the fork server may be gone, or the host out of processes or memory."""
+        try:
+            self.pid = self.start()
+        except (OSError, EOFError) as error:
+            log.error("%s could not be started: %r", self.name, error)
+            self._put_off(time.monotonic())
         self._started = time.monotonic()
+
+    def _put_off(self, now: float) -> None:
+        self._failures += 1
+        self._start_at = now + min(_LONGEST_BACKOFF, 0.5 * 2 ** (self._failures - 2) if self._failures > 1 else 0)
 
     def reap(self, now: float) -> int | None:
         """The exit code of a process that ended since the last look (negative: killed by that signal)."""
         if not self.pid or (code := self.exit_code()) is None:
             return None
         self.pid = 0
-        self._failures = 0 if now - self._started > _STEADY else self._failures + 1
-        self._start_at = now + min(_LONGEST_BACKOFF, 0.5 * 2 ** (self._failures - 2) if self._failures > 1 else 0)
+        if now - self._started > _STEADY:
+            self._failures = 0
+        self._put_off(now)
         return code
 
     def signal(self, signum: signal.Signals) -> None:

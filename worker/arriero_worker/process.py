@@ -30,10 +30,7 @@ def die_with_parent() -> None:
     supervisor.
     """
     parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(EXIT_UNUSABLE = 3
-"""A process that can never run as it was launched (a bad checkpoint, say): starting it again would not help."""
-
-_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
 
