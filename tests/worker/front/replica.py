@@ -85,6 +85,7 @@ def launch_for(model: Path, run: Path, **changes: Any) -> Launch:
         pods=(Pod(host="127.0.0.1", ranks=(0,), http_port=0, grpc_port=0),),
         engine=EngineSettings(dtype="float32", max_context=2048, kv_blocks=100),
         run_directory=str(run),
+        bind_address="127.0.0.1",
         **changes,
     )
 

@@ -22,6 +22,7 @@ import pytest
 from arriero.inference.v1 import inference_pb2 as pb
 from arriero.inference.v1 import inference_pb2_grpc
 from arriero_worker.front.front import FRONT_LIMITS
+from arriero_worker.process import EXIT_UNUSABLE
 
 from .fake_engine import FakeEngine
 from .process import front_process
@@ -232,7 +233,7 @@ def test_sigterm_drains(model: Path, tmp_path: Path) -> None:
         assert events(dechunk(data))[-1] == "[DONE]"
         assert front.wait(10) == 0
         lines = log.read_text().splitlines()
-        assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3} [DIWE] [a-z.-]+ ", line) for line in lines), lines
+        assert all(re.match(r"\d\d:\d\d:\d\d [DIWE] [a-z.-]+ ", line) for line in lines), lines
 
 
 @pytest.mark.parametrize("how", ["second signal", "time over"])
@@ -266,10 +267,10 @@ def test_a_front_that_cannot_start_says_why(model: Path, tmp_path: Path) -> None
         return done.returncode, done.stderr
 
     status, message = run("{}")
-    assert status == 1
+    assert status == 2
     assert "launch.json: deployment: Field required" in message
     status, message = run(launch_for(tmp_path, tmp_path).model_dump_json())
-    assert status != 0
+    assert status == EXIT_UNUSABLE
     assert "tokenizer.json: no such file" in message
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -38,11 +38,11 @@ class Front:
     async def start(self) -> None:
         """Listen on the leader's ports (0: any free one, then told by `http_port` and `grpc_port`). Raises OSError."""
         pod = self.launch.pods[0]
-        host = self.launch.bind_address
-        listener = bind(host, pod.http_port)
+        address = self.launch.bind_address
+        listener = bind(address, pod.http_port)
         self.http_port = listener.getsockname()[1]
         await self.http.start(listener)
-        self.grpc_port = await self.grpc.start(host, pod.grpc_port)
+        self.grpc_port = await self.grpc.start(address, pod.grpc_port)
         self.client.start()
         log.info("listening http_port=%d grpc_port=%d", self.http_port, self.grpc_port)
 

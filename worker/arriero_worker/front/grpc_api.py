@@ -17,7 +17,7 @@ from arriero.inference.v1 import inference_pb2 as pb
 from arriero_worker.engine.messages import TokenLogprobs
 from arriero_worker.front.answer import Piece
 from arriero_worker.front.http.errors import HttpError
-from arriero_worker.front.http.server import HttpLimits
+from arriero_worker.front.http.server import ANY, HttpLimits
 from arriero_worker.front.resume import Resume, parse_resume
 from arriero_worker.front.sampling import SamplingFields, bounded, refuse
 from arriero_worker.front.service import Generation, Run, Service
@@ -62,7 +62,7 @@ class GrpcFace:
         """Calls being answered."""
         return self._inference.running
 
-    async def start(self, host: str, port: int) -> int:
+    async def start(self, address: str, port: int) -> int:
         """Listen; returns the port. Raises OSError."""
         self._server = server = grpc.aio.server(
             options=[
@@ -82,10 +82,9 @@ class GrpcFace:
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         await self.set_serving(False)
-        loopback = host in ("127.0.0.1", "localhost", "::1")
-        address = "127.0.0.1" if host == "localhost" else f"[{host}]" if host == "::1" else host
+        host = "[::]" if address in ANY else f"[{address}]" if ":" in address else address
         try:
-            bound: int = server.add_insecure_port(f"{address}:{port}" if loopback else f"[::]:{port}")
+            bound: int = server.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
             raise OSError(f"cannot listen for gRPC on port {port}: {error}") from error
         await server.start()

@@ -138,12 +138,14 @@ class HttpServer:
         self._sweeper = self.loop.call_later(self.limits.sweep_seconds, self._sweep)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. A loopback host is kept; any other name is the pod's own, which listens on every address."""
-    if host in ("127.0.0.1", "localhost"):
-        return socket.create_server(("127.0.0.1", port), backlog=1024)
-    if host == "::1":
-        return socket.create_server((host, port), family=socket.AF_INET6, backlog=1024)
+ANY = ("", "0.0.0.0", "::")
+
+
+def bind(address: str, port: int) -> socket.socket:
+    """A listening socket on one address, or on all of them, IPv6 included, for one of `ANY`. Raises OSError."""
+    if address not in ANY:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        return socket.create_server((address, port), family=family, backlog=1024)
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
     return socket.create_server(("", port), backlog=1024)
