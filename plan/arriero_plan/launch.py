@@ -72,7 +72,7 @@ class EngineSettings(_Frozen):
     block_size: int = Field(default=16, ge=1)
     kv_blocks: int = Field(ge=1)
     max_running: int = Field(default=256, ge=1, description="sequences with a slot at once")
-    max_waiting: int = Field(default=1024, ge=0, description="queued requests beyond which new ones are refused")
+    max_waiting: int = Field(default=1024, ge=1, description="queued requests beyond which new ones are refused")
     max_batch_tokens: int = Field(
         default=2048, ge=1, description="tokens of one step, prefill chunks and decodes together"
     )
@@ -85,6 +85,15 @@ class EngineSettings(_Frozen):
     )
     run_timeout_seconds: float = Field(default=0, ge=0)
     threads: int = Field(default=1, ge=1, description="CPU threads of one rank")
+
+    @model_validator(mode="after")
+    def _budget_holds_decodes(self) -> EngineSettings:
+        if self.max_batch_tokens < self.max_running:
+            raise ValueError(
+                f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_running ({self.max_running}): each "
+                "running sequence may decode a token in one step"
+            )
+        return self
 
 
 class Launch(_Frozen):

@@ -259,7 +259,7 @@ class Engine(_Part):
     """Limits of one replica's engine."""
 
     max_running: int = Field(default=256, ge=1, le=65536, description="sequences that run at once")
-    max_waiting: int = Field(default=1024, ge=0, le=2**20, description="queued requests beyond which new ones get 429")
+    max_waiting: int = Field(default=1024, ge=1, le=2**20, description="queued requests beyond which new ones get 429")
     max_batch_tokens: int = Field(
         default=2048, ge=1, le=2**20, description="tokens of one step, prefill chunks and decodes together"
     )
@@ -286,6 +286,11 @@ class Engine(_Part):
         if self.max_chunk_tokens > self.max_batch_tokens:
             raise ValueError(
                 f"maxChunkTokens is {self.max_chunk_tokens}, above maxBatchTokens ({self.max_batch_tokens})"
+            )
+        if self.max_running > self.max_batch_tokens:
+            raise ValueError(
+                f"maxRunning is {self.max_running}, above maxBatchTokens ({self.max_batch_tokens}): each running sequence "
+                "may decode a token in one step"
             )
         return self
 

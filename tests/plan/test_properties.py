@@ -67,7 +67,7 @@ def requests(draw: st.DrawFn) -> tuple[ModelShape, dict[str, object]]:
         "accelerator__memoryGiB": draw(st.floats(2.0, 24.0)),
         "accelerator__perNode": draw(st.sampled_from([1, 2, 3, 8])),
         "model__weights": draw(st.sampled_from(["auto", "float32", "bfloat16", "fp8", "int8", "int4"])),
-        "engine__maxBatchTokens": draw(st.sampled_from([16, 2048])),
+        "engine__maxBatchTokens": draw(st.sampled_from([256, 2048])),
         "engine__maxRunning": draw(st.sampled_from([1, 256])),
         "engine__blockSize": draw(st.sampled_from([1, 7, 16, 64])),
         "parallelism__tensor": draw(st.none() | st.sampled_from(valid_tensors(shape, shape.num_heads))),

@@ -168,6 +168,7 @@ INVALID = [
     ("maxSurge: 1", "maxSurge: 0", "spec.rollout: maxSurge and maxUnavailable are both 0"),
     ("mode: Preferred", "mode: Must", "spec.placement.mode: 'Must' is not one of Preferred or Required"),
     ("maxRunning: 128", "maxChunkTokens: 4096", "spec.engine: maxChunkTokens is 4096, above maxBatchTokens (2048)"),
+    ("maxRunning: 128", "maxRunning: 4096", "spec.engine: maxRunning is 4096, above maxBatchTokens (2048)"),
     ("threadsPerRank: 2", "prefixCache: 1", "spec.engine.prefixCache: expected true or false, found 1"),
     (
         "{spec: {tolerations: [{key: gpu, operator: Exists}]}}",

@@ -29,6 +29,7 @@ from arriero_worker.engine.limits import SchedulerSettings
 from arriero_worker.engine.messages import EngineStatus, Model
 from arriero_worker.engine.scheduler import Scheduler
 from arriero_worker.engine.server import EngineServer
+from arriero_worker.group import reduce
 from arriero_worker.group.comm import GroupAborted
 from arriero_worker.group.member import Member, Truth
 from arriero_worker.group.memory import PodMemory
@@ -113,6 +114,8 @@ class Rank:
         stage = load_stage(self._launch, self._rank, progress)
         self._truth.enter("Warming")
         stage.backend.warm()
+        if self._launch.layout.tensor > 1:
+            reduce.warm()
         return stage
 
     def _open_store(self) -> None:

@@ -115,6 +115,15 @@ def _sum_bfloat16(slots: np.ndarray, out: np.ndarray) -> None:
         out[i] = np.uint16(rounded >> np.uint32(16))
 
 
+def warm() -> None:
+    """Compile, or load from the cache on disk, before the first step waits for it."""
+    words = np.zeros(_LINE, dtype=np.uint64)
+    _raise(words, 0, np.uint64(1))
+    _wait(words, 1, np.uint64(1), words, np.uint64(1))
+    _sum_float32(np.zeros((1, 1), np.float32), np.zeros(1, np.float32))
+    _sum_bfloat16(np.zeros((1, 1), np.uint16), np.zeros(1, np.uint16))
+
+
 class PodReduce:
     """The collectives of one rank with the other ranks of its stage, all in this pod, for one epoch."""
 
