@@ -49,6 +49,11 @@ class Logprobs:
     def empty(rows: int, top: int) -> Logprobs:
         return Logprobs(torch.empty(rows, 2 + top, dtype=torch.int64), torch.empty(rows, 1 + top))
 
+    @staticmethod
+    def joined(parts: Sequence[Logprobs]) -> Logprobs:
+        """One behind the other; all have the same K."""
+        return Logprobs(torch.cat([part.ids for part in parts]), torch.cat([part.values for part in parts]))
+
 
 @dataclass(frozen=True, slots=True)
 class ResultLayout:

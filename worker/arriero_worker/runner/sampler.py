@@ -38,16 +38,17 @@ class Sampler:
         logits_RV: float32, the rows of `Step`; overwritten.
         """
         sampled = len(step.slots_N)
-        raw = None
-        if layout.rows:
-            wanted = torch.from_numpy(np.concatenate([layout.asked, np.arange(sampled, len(logits_RV))]))
-            raw = logits_RV.index_select(0, wanted)
+        # Edits and filters overwrite the sampled rows; prompt rows stay as they are.
+        raw_LV = logits_RV.index_select(0, torch.from_numpy(layout.asked)) if len(layout.asked) else None
         tokens_N = self._choose(step, np.require(logits_RV[:sampled].numpy(), requirements=["C", "W"]))
         self._edits.append(step.slots_N, tokens_N)
-        if raw is None:
-            return tokens_N, None
-        targets = [tokens_N[layout.asked], *(prompt.targets for prompt in step.prompts)]
-        return tokens_N, logprobs(raw, np.concatenate(targets), layout.top)
+        found: list[Logprobs] = []
+        if raw_LV is not None:
+            found.append(logprobs(raw_LV, tokens_N[layout.asked], layout.top))
+        if step.prompts:
+            targets = np.concatenate([prompt.targets for prompt in step.prompts])
+            found.append(logprobs(logits_RV[sampled:], targets, layout.top))
+        return tokens_N, Logprobs.joined(found) if found else None
 
     def _choose(self, step: Step, logits_NV: np.ndarray) -> np.ndarray:
         state, slots_N = self._state, step.slots_N
