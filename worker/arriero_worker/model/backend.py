@@ -68,6 +68,10 @@ class Backend(Protocol[LinearT]):
         """Take over a weight, in `dtype`, and a bias; the given tensors may be dropped afterwards."""
         ...
 
+    def linear_bytes(self, weight: LinearT) -> int:
+        """What one pass over the weight reads."""
+        ...
+
     def pack_vector(self, vector: torch.Tensor) -> torch.Tensor:
         """Take over a norm's weight."""
         ...
@@ -126,6 +130,10 @@ class Backend(Protocol[LinearT]):
 
     def warm(self) -> None:
         """Load or compile every kernel, so that the first request does not wait for it."""
+        ...
+
+    def close(self) -> None:
+        """End the backend's threads; it must not be used afterwards."""
         ...
 
 

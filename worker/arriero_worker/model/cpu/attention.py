@@ -26,6 +26,7 @@ from arriero_worker.model.cpu.native import (
     i64_at,
     tiles_bfloat16,
     tiles_float32,
+    u16_at,
 )
 
 LAYOUT = struct.Struct("d22q")
@@ -48,9 +49,10 @@ def span_blocks(block_size: int) -> int:
 
 
 def scratch_bytes(heads: int, kv_heads: int, head_dim: int, block_size: int, key_width: int, value_width: int) -> int:
-    """Of each thread: queries, scores, sums, and two numbers a row."""
+    """Of each thread: queries, scores, sums, two numbers a row, and a span's values."""
     rows = queries_per_item(heads, kv_heads) * (heads // kv_heads)
-    return 4 * rows * (head_dim + span_blocks(block_size) * key_width + value_width + 2)
+    blocks = span_blocks(block_size)
+    return 4 * (rows * (head_dim + blocks * key_width + value_width + 2) + blocks * block_size * value_width)
 
 
 WORK_LAYOUT = struct.Struct("5q")
@@ -102,6 +104,7 @@ def _item(a, sequence, first, kv_head, scratch, scale):  # type: ignore[no-untyp
     s_at = x_at + rows * d * 4
     o_at = s_at + rows * width * 4
     best, total = f32_at(o_at + rows * value_width * 4), f32_at(o_at + rows * (value_width + 1) * 4)
+    v_at = o_at + rows * (value_width + 2) * 4
     sums = f32_at(o_at)
     for r in range(rows):
         best[r] = _MINUS_INFINITY
@@ -124,7 +127,7 @@ def _item(a, sequence, first, kv_head, scratch, scale):  # type: ignore[no-untyp
             for c in range(0, key_width, PANEL):
                 r = 0
                 while r < rows:
-                    m = min(MAX_ROWS, rows - r)
+                    m = _next_rows(rows - r)
                     to = s_at + (r * width + j * key_width + c) * 4
                     if kind == FLOAT32:
                         tiles_float32(m, x_at + r * d * 4, d * 4, 4, at + c * 4, key_width * 4, to, width * 4, d, 0)
@@ -142,24 +145,70 @@ def _item(a, sequence, first, kv_head, scratch, scale):  # type: ignore[no-untyp
                 lowest = position - window + 1 - start if window > 0 else 0
                 _mask(s, j * key_width, key_width, lowest, stop)
             _softmax(s, width, best, total, r, f32_at(o_at + r * value_width * 4), value_width)
+        # A span's values, in float32 and one behind the other: sums over a whole span keep their registers four times
+        # as long as sums over a block, and all rows share the conversion.
+        seen = end - span * blocks * block_size
+        if seen > blocks * block_size:
+            seen = blocks * block_size
         for j in range(present):
             block = np.int64(table[span * blocks + j])
             at = values + (block * kv_heads + kv_head) * block_size * value_width * element
-            count = min(block_size, end - (span * blocks + j) * block_size)
+            count = min(block_size, seen - j * block_size) * value_width
+            to = f32_at(v_at + j * block_size * value_width * 4)
+            if kind == FLOAT32:
+                _copy(to, f32_at(at), count)
+            else:
+                _widen(i32_at(v_at + j * block_size * value_width * 4), u16_at(at), count)
+            if key_width != block_size:
+                _close_gaps(f32_at(s_at), rows, width, j, key_width, block_size)
+        r = 0
+        while r < rows:
+            m = _next_rows(rows - r)
             for c in range(0, value_width, PANEL):
-                r = 0
-                while r < rows:
-                    m = min(MAX_ROWS, rows - r)
-                    p = s_at + (r * width + j * key_width) * 4
-                    to = o_at + (r * value_width + c) * 4
-                    if kind == FLOAT32:
-                        tiles_float32(m, p, width * 4, 4, at + c * 4, value_width * 4, to, value_width * 4, count, 1)
-                    else:
-                        tiles_bfloat16(m, p, width * 4, 4, at + c * 2, value_width * 2, to, value_width * 4, count, 1)
-                    r += m
+                tiles_float32(
+                    m,
+                    s_at + r * width * 4,
+                    width * 4,
+                    4,
+                    v_at + c * 4,
+                    value_width * 4,
+                    o_at + (r * value_width + c) * 4,
+                    value_width * 4,
+                    seen,
+                    1,
+                )
+            r += m
     for r in range(rows):
         target = f32_at(out + ((first + r // group) * heads + kv_head * group + r % group) * d * 4)
         _scaled_copy(target, f32_at(o_at + r * value_width * 4), np.float32(1.0) / total[r], d)
+
+
+@numba.njit(inline="always")
+def _next_rows(left):  # type: ignore[no-untyped-def]
+    """Even parts: 8 rows are 4 and 4, not 6 and 2."""
+    parts = (left + MAX_ROWS - 1) // MAX_ROWS
+    return (left + parts - 1) // parts
+
+
+@numba.njit
+def _copy(target, source, n):  # type: ignore[no-untyped-def]
+    for i in range(n):
+        target[i] = source[i]
+
+
+@numba.njit
+def _widen(target, source, n):  # type: ignore[no-untyped-def]
+    """bfloat16 bits to float32 bits."""
+    for i in range(n):
+        target[i] = np.int32(source[i]) << np.int32(16)
+
+
+@numba.njit
+def _close_gaps(s, rows, width, j, key_width, block_size):  # type: ignore[no-untyped-def]
+    """Where blocks are padded to a panel: move block j's weights next to those of the block before."""
+    for r in range(rows):
+        for i in range(block_size):
+            s[r * width + j * block_size + i] = s[r * width + j * key_width + i]
 
 
 @numba.njit
@@ -195,7 +244,7 @@ def _softmax(s, width, best, total, r, sums, value_width):  # type: ignore[no-un
     total[r] += _sum(s, width)
 
 
-@numba.njit
+@numba.njit(fastmath={"contract"})
 def _exp(s, width, top):  # type: ignore[no-untyped-def]
     for i in range(width):
         s[i] = exp_float32(s[i] - top)

@@ -52,7 +52,7 @@ class PackedLinear:
 def _kernel(name: str) -> _Kernel:
     """Compile a kernel, or load it from numba's cache on disk. Once per process."""
     function, layout = _KERNELS[name]
-    options: dict[str, Any] = {"error_model": "numpy"}
+    options: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
     try:
         compiled = numba.cfunc("void(int64, int64, int64)", cache=True, **options)(function)
     except RuntimeError:  # "cannot cache function ...: no locator available": nowhere to write
@@ -111,6 +111,9 @@ class CpuBackend:
             bias = torch.zeros(panels * PANEL)
             bias[:n] = bias_N
         return PackedLinear(storage, bias, n, k, FLOAT32 if self.dtype == torch.float32 else PAIRED)
+
+    def linear_bytes(self, weight: PackedLinear) -> int:
+        return weight.panels.numel() * weight.panels.element_size()
 
     def pack_vector(self, vector: torch.Tensor) -> torch.Tensor:
         return vector.to(torch.float32, copy=True)

@@ -13,8 +13,8 @@ from arriero_worker.model.cpu.native import (
     bits_of_float,
     f32_at,
     f64_at,
-    float_of_bits,
     i64_at,
+    power_of_two,
     u16_at,
 )
 
@@ -32,12 +32,11 @@ _HALF, _ONE, _ZERO = np.float32(0.5), np.float32(1.0), np.float32(0.0)
 def exp_float32(x):  # type: ignore[no-untyped-def]
     """exp in float32 without a call, so that loops over it vectorise (Cephes' expf, 2 ulp); 0 below -87."""
     clamped = min(max(x, _LOWEST), _HIGHEST)
-    power = np.float32(math.floor(clamped * _LOG2E + _HALF))
+    power = np.floor(clamped * _LOG2E + _HALF)
     r = clamped - power * _LN2_HIGH - power * _LN2_LOW
     y = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
     y = y * r * r + r + _ONE
-    scale = float_of_bits(np.int32((np.int32(power) + np.int32(127)) << np.int32(23)))
-    return y * scale if x > _LOWEST else _ZERO
+    return y * power_of_two(power) if x > _LOWEST else _ZERO
 
 
 @numba.njit(inline="always")

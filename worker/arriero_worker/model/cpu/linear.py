@@ -28,10 +28,10 @@ from arriero_worker.model.cpu.native import (
 LAYOUT = struct.Struct("12q")
 """x, w, bias (0: none), out, T, N, K, kind, scratch, tail, and two spare."""
 
-_FEW = 18
+_FEW = 36
 _TOKENS = 96
 _DEPTH = 512
-_FEW_DEPTH = 1024
+_FEW_DEPTH = 512
 SCRATCH_BYTES = _TOKENS * _DEPTH * 4
 """Of each thread."""
 
@@ -67,48 +67,60 @@ def linear_kernel(arguments, thread, threads):  # type: ignore[no-untyped-def]
     panels = (n + PANEL - 1) // PANEL
     first = panels * thread // threads
     end = panels * (thread + 1) // threads
-    element = 4 if kind == FLOAT32 else 2
-    panel_bytes = k * PANEL * element
-    depth = _DEPTH
-    if tokens <= MAX_ROWS:
-        depth = k
-    elif tokens <= _FEW:
-        depth = _FEW_DEPTH
-    block = tokens if tokens <= _FEW else _TOKENS
-    for t0 in range(0, tokens, block):
-        count = min(block, tokens - t0)
-        for k0 in range(0, k, depth):
-            span = min(depth, k - k0)
-            if tokens > _FEW:
-                _gather(x + (t0 * k + k0) * 4, k, count, span, scratch)
-            for p in range(first, end):
-                partial = p * PANEL + PANEL > n
-                to = tail + t0 * PANEL * 4 if partial else out + (t0 * n + p * PANEL) * 4
-                to_row = PANEL * 4 if partial else n * 4
+    row_bytes = PANEL * (4 if kind == FLOAT32 else 2)
+    if tokens <= _FEW:
+        depth = k if tokens <= MAX_ROWS else _FEW_DEPTH
+        for p in range(first, end):
+            to, to_row = _target(out, tail, 0, n, p)
+            if bias != 0:
+                _fill(to, to_row, tokens, bias + p * PANEL * 4)
+            for k0 in range(0, k, depth):
+                span = min(depth, k - k0)
+                at = w + (p * k + k0) * row_bytes
                 accumulate = 1 if k0 > 0 or bias != 0 else 0
-                if k0 == 0 and bias != 0:
-                    _fill(to, to_row, count, bias + p * PANEL * 4)
-                at = w + p * panel_bytes + k0 * PANEL * element
                 r = 0
-                while r < count:
-                    tiles = (count - r + MAX_ROWS - 1) // MAX_ROWS
-                    rows = (count - r + tiles - 1) // tiles if tokens <= _FEW else min(MAX_ROWS, count - r)
-                    if tokens > _FEW:
-                        from_x, x_row, x_k = scratch + r * span * 4, 4, rows * 4
-                    else:
-                        from_x, x_row, x_k = x + (r * k + k0) * 4, k * 4, 4
-                    if kind == PAIRED:
-                        tiles_paired(rows, from_x, x_row, x_k, at, PANEL * 2, to + r * to_row, to_row, span, accumulate)
-                    else:
-                        tiles_float32(
-                            rows, from_x, x_row, x_k, at, PANEL * 4, to + r * to_row, to_row, span, accumulate
-                        )
+                while r < tokens:
+                    groups = (tokens - r + MAX_ROWS - 1) // MAX_ROWS
+                    rows = (tokens - r + groups - 1) // groups
+                    _tile(kind, rows, x + (r * k + k0) * 4, k * 4, 4, at, to + r * to_row, to_row, span, accumulate)
                     r += rows
+    else:
+        for t0 in range(0, tokens, _TOKENS):
+            count = min(_TOKENS, tokens - t0)
+            for k0 in range(0, k, _DEPTH):
+                span = min(_DEPTH, k - k0)
+                _gather(x + (t0 * k + k0) * 4, k, count, span, scratch)
+                for p in range(first, end):
+                    to, to_row = _target(out, tail, t0, n, p)
+                    if bias != 0 and k0 == 0:
+                        _fill(to, to_row, count, bias + p * PANEL * 4)
+                    at = w + (p * k + k0) * row_bytes
+                    accumulate = 1 if k0 > 0 or bias != 0 else 0
+                    for r in range(0, count, MAX_ROWS):
+                        rows = min(MAX_ROWS, count - r)
+                        from_x = scratch + r * span * 4
+                        _tile(kind, rows, from_x, 4, rows * 4, at, to + r * to_row, to_row, span, accumulate)
     if n % PANEL != 0 and end == panels and end > first:
         source, target, start = f32_at(tail), f32_at(out), (panels - 1) * PANEL
         for t in range(tokens):
             for c in range(n - start):
                 target[t * n + start + c] = source[t * PANEL + c]
+
+
+@numba.njit(inline="always")
+def _tile(kind, rows, x, x_row, x_k, w, out, out_row, k, accumulate):  # type: ignore[no-untyped-def]
+    if kind == PAIRED:
+        tiles_paired(rows, x, x_row, x_k, w, PANEL * 2, out, out_row, k, accumulate)
+    else:
+        tiles_float32(rows, x, x_row, x_k, w, PANEL * 4, out, out_row, k, accumulate)
+
+
+@numba.njit(inline="always")
+def _target(out, tail, token, n, panel):  # type: ignore[no-untyped-def]
+    """Where a panel's results go, and the bytes from row to row; a partial panel's are copied at the end."""
+    if panel * PANEL + PANEL > n:
+        return tail + token * PANEL * 4, PANEL * 4
+    return out + (token * n + panel * PANEL) * 4, n * 4
 
 
 @numba.njit

@@ -52,13 +52,14 @@ f64_at = _pointer_of(types.float64, ir.DoubleType())
 
 
 @intrinsic
-def float_of_bits(typingctx: Any, bits: Any) -> Any:
-    """int32 bits -> the float32 they are."""
+def power_of_two(typingctx: Any, exponent: Any) -> Any:
+    """2 ** exponent for a whole float32 of -126 to 127. numba would widen the bits to int64, at half the lanes."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], _f32)
+        biased = builder.add(builder.fptosi(args[0], _i32), _i32(127))
+        return builder.bitcast(builder.shl(biased, _i32(23)), _f32)
 
-    return types.float32(types.int32), codegen
+    return types.float32(types.float32), codegen
 
 
 @intrinsic
@@ -269,26 +270,37 @@ FLOAT32, BFLOAT16, PAIRED = 0, 1, 2
 _LOADS = (_load_float32, _load_bfloat16, _load_paired)
 
 
+def _tile_function(rows: int, kind: int) -> Any:
+    """The tile over one panel as a function of its own: inlined side by side, tiles take each other's registers."""
+    tile = _tile(rows, 1, _LOADS[kind])
+
+    @numba.njit
+    def run(x, x_row, x_k, w, w_k, out, out_row, k, accumulate):  # type: ignore[no-untyped-def]
+        tile(x, x_row, x_k, w, w_k, 0, out, out_row, k, accumulate)
+
+    return run
+
+
 def _tiles(kind: int) -> Any:
     """A function that runs the tile of `rows` rows, 1 to MAX_ROWS, over one panel."""
-    t1, t2, t3, t4, t5, t6 = (_tile(rows, 1, _LOADS[kind]) for rows in range(1, MAX_ROWS + 1))
+    t1, t2, t3, t4, t5, t6 = (_tile_function(rows, kind) for rows in range(1, MAX_ROWS + 1))
 
     @numba.njit
     def tiles(  # type: ignore[no-untyped-def]
         rows, x, x_row, x_k, w, w_k, out, out_row, k, accumulate
     ):
         if rows == 1:
-            t1(x, x_row, x_k, w, w_k, 0, out, out_row, k, accumulate)
+            t1(x, x_row, x_k, w, w_k, out, out_row, k, accumulate)
         elif rows == 2:
-            t2(x, x_row, x_k, w, w_k, 0, out, out_row, k, accumulate)
+            t2(x, x_row, x_k, w, w_k, out, out_row, k, accumulate)
         elif rows == 3:
-            t3(x, x_row, x_k, w, w_k, 0, out, out_row, k, accumulate)
+            t3(x, x_row, x_k, w, w_k, out, out_row, k, accumulate)
         elif rows == 4:
-            t4(x, x_row, x_k, w, w_k, 0, out, out_row, k, accumulate)
+            t4(x, x_row, x_k, w, w_k, out, out_row, k, accumulate)
         elif rows == 5:
-            t5(x, x_row, x_k, w, w_k, 0, out, out_row, k, accumulate)
+            t5(x, x_row, x_k, w, w_k, out, out_row, k, accumulate)
         else:
-            t6(x, x_row, x_k, w, w_k, 0, out, out_row, k, accumulate)
+            t6(x, x_row, x_k, w, w_k, out, out_row, k, accumulate)
 
     return tiles
 
