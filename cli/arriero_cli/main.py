@@ -6,22 +6,24 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
-from importlib import metadata
+from importlib import import_module, metadata
 
-from arriero_cli import bench, chat, plan, up
 from arriero_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, CommandError
+
+COMMANDS = ("up", "plan", "chat", "bench")
 
 _EPILOG = "exit status: 0 done, 1 failed, 2 wrong usage or an invalid file, 130 interrupted"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+    """The parser of these commands; only their modules are imported."""
     parser = argparse.ArgumentParser(
         prog="arriero", description="Serve Llama models, and talk to what serves them.", epilog=_EPILOG
     )
     parser.add_argument("--version", action="version", version=f"arriero {metadata.version('arriero')}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (up, plan, chat, bench):
-        command.add_parser(subparsers)
+    for command in commands:
+        import_module(f"arriero_cli.{command}").add_parser(subparsers)
     return parser
 
 
@@ -30,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns the exit status: 0 done, 1 failed, 2 wrong usage or an invalid file, 130 interrupted.
     """
-    return execute(build_parser().parse_args(arguments))
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    commands = words[:1] if words and words[0] in COMMANDS else COMMANDS
+    return execute(build_parser(commands).parse_args(words))
 
 
 def execute(args: argparse.Namespace) -> int:

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
 from rich.console import Console
 
 from arriero_cli.board import Board
@@ -72,14 +71,15 @@ def run(args: argparse.Namespace, command: PodCommand = worker_command) -> int:
         launch_path.write_text(launch.model_dump_json(indent=2))
         console = Console()
         up = _Up(launch, launch_path, console, command, verbose=args.verbose, began=began)
-        return asyncio.run(up.run())
+        status = asyncio.run(up.run())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all that is left is tidying up
+        return status
 
 
 def _port(text: str) -> int:
-    port = int(text)
-    if not 0 <= port <= 65535:
-        raise ValueError
-    return port
+    if not (text.isdecimal() and int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text} is no port (0 to 65535)")
+    return int(text)
 
 
 def _load(path: Path) -> LlamaDeployment:
@@ -241,15 +241,15 @@ class _Up:
     async def _announce(self) -> None:
         """Say when the replica takes requests, the first time with how to send one."""
         since, ready = self._began, False
-        async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
-            while True:
-                if ready and not (self._view.serving or self._leaving.is_set()):
-                    since, ready = time.monotonic(), False
-                elif not ready and self._view.serving and await http_ready(self._base_url, client):
-                    ready = True
-                    self._board.close()
-                    self._say_ready(time.monotonic() - since)
-                await asyncio.sleep(_GLANCE)
+        leader = self._launch.pods[0]
+        while True:
+            if ready and not (self._view.serving or self._leaving.is_set()):
+                since, ready = time.monotonic(), False
+            elif not ready and self._view.serving and await http_ready(leader.host, leader.http_port):
+                ready = True
+                self._board.close()
+                self._say_ready(time.monotonic() - since)
+            await asyncio.sleep(_GLANCE)
 
     def _say_ready(self, seconds: float) -> None:
         if self._was_ready:

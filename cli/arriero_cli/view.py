@@ -81,8 +81,9 @@ class GroupView:
 
     @property
     def serving(self) -> bool:
-        """Whether the leader says that every rank is part of one epoch."""
-        return self.leader is not None and self.leader.phase == pb.PHASE_SERVING
+        """Whether every rank is part of one epoch, as the leader and each rank's own pod say."""
+        told = self.leader is not None and self.leader.phase == pb.PHASE_SERVING
+        return told and all(line.phase == "serving" for line in self.ranks())
 
     @property
     def requests(self) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import grpc
 import grpc.aio
-import httpx
 
 from arriero.inference.v1 import worker_pb2 as pb
 from arriero.inference.v1 import worker_pb2_grpc
@@ -23,6 +22,7 @@ _CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 250),
 ]
 _PAUSE = 0.05
+_PATIENCE = 5.0
 
 
 async def follow_status(pod: Pod, deliver: Deliver) -> None:
@@ -38,9 +38,15 @@ async def follow_status(pod: Pod, deliver: Deliver) -> None:
             await asyncio.sleep(_PAUSE)
 
 
-async def http_ready(base_url: str, client: httpx.AsyncClient) -> bool:
-    """Whether the replica says that it takes requests now."""
+async def http_ready(host: str, port: int) -> bool:
+    """Whether the replica says that it takes requests now. (A client library costs more than the question.)"""
     try:
-        return (await client.get(f"{base_url}/health/ready")).status_code == 200
-    except httpx.TransportError:
+        async with asyncio.timeout(_PATIENCE):
+            reader, writer = await asyncio.open_connection(host, port)
+            try:
+                writer.write(f"GET /health/ready HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n".encode())
+                return (await reader.readline()).split()[1:2] == [b"200"]
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
         return False
