@@ -237,6 +237,19 @@ class TestEnds:
         assert harness.ended == {first: "timeout", second: "refused: timeout"}
         harness.finish()
 
+    def test_an_id_that_is_used_again_has_not_its_predecessors_deadline(self) -> None:
+        harness = Harness(max_running=1)
+        never_stopping(harness)
+        harness.step()
+        scheduler = harness.scheduler
+        scheduler.submit(request(7, queue_timeout=5.0))
+        scheduler.abort([7])
+        scheduler.submit(request(7, queue_timeout=50.0))
+        scheduler.take_events()
+        harness.wait(6.0)
+        assert scheduler.take_events() is None
+        assert scheduler.stats.waiting == 1
+
     def test_commit_wants_the_oldest_step_and_a_token_for_each_of_its_rows(self) -> None:
         harness = Harness()
         with pytest.raises(ValueError, match="the result of step 0 was committed, but none is in flight"):
@@ -427,8 +440,8 @@ class TestPreemption:
         assert harness.received[second][: len(before)] == before
 
     def test_one_that_is_preempted_needs_no_block_any_more(self) -> None:
-        """Three need a block in the same step, one is left: the last come alone gives way, its two serve the others."""
-        harness = Harness(kv_blocks=7, block_size=4, max_running=3, max_context=20, prefix_cache=False)
+        """Three need a block at once, none is left: the last come alone gives way, its two serve the others."""
+        harness = Harness(kv_blocks=6, block_size=4, max_running=3, max_context=20, prefix_cache=False)
         for _ in range(3):
             never_stopping(harness, length=4, max_tokens=16)
         while not harness.scheduler.stats.preemptions:
