@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ FINAL_CODES = (2, 3)
 
 _PR_SET_CHILD_SUBREAPER = 36
 _TETHER = Path(__file__).with_name("tether.py")
+_ERROR_RECORD = re.compile(r"\S+ E \S+ (.*)")  # the workers' log lines: time, level, name, message
 _STEADY = 60.0  # a pod that lived so long starts again at once
 _LONGEST_BACKOFF = 30.0
 _TAIL = 20
@@ -236,8 +238,9 @@ class _Words(asyncio.Protocol):
 
     @property
     def last(self) -> str:
-        """The last line that says something."""
-        return next((line for line in reversed(self._tail) if line.strip()), "")
+        """The last error record's message, or else the last line that says something."""
+        errors = (found[1] for line in reversed(self._tail) if (found := _ERROR_RECORD.match(line)))
+        return next(errors, next((line for line in reversed(self._tail) if line.strip()), ""))
 
     def _tell(self, line: bytes) -> None:
         text = line.decode("utf-8", "replace").rstrip()

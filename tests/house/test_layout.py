@@ -17,7 +17,7 @@ BIN = Path(sys.executable).parent
 LOCKED_EXTRAS = ("worker", "dev", "plot")
 # Spelled in pieces: this file is a tracked file, too.
 REGISTRY_HOSTS = re.compile(
-    r"(?:files\.pythonhosted|(?:test\.)?py" + r"pi)\.org|/simple/[a-z]|artifactory|nexus3?\.|devpi"
+    "files.python" + r"hosted\.|py" + r"pi\.(?:org|io)|/sim" + "ple/[a-z]|arti" + r"factory|nexus3?\.|dev" + "pi"
 )
 MACHINE_PATHS = re.compile(r"(?<![\w.$}/-])/(?:" + "work|farm|home|Users|root" + r")/[\w.-]+")
 
