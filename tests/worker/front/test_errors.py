@@ -45,7 +45,7 @@ COMMON: list[tuple[dict[str, Any], str, str | None]] = [
     ({"seed": 1.5}, "seed", None),
     ({"stop": ""}, "stop", None),
     ({"stop": ["a"] * 33}, "stop", None),
-    ({"stop": "a" * 1025}, "stop", None),
+    ({"stop": "a" * 257}, "stop", None),
     ({"stop": [1]}, "stop[0]", None),
     ({"stop_token_ids": [-1]}, "stop_token_ids", None),
     ({"stop_token_ids": [10**6]}, "stop_token_ids", None),

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,13 +27,10 @@ LIMITS = HttpLimits(
     max_pipelined=4,
     max_unanswered=25_000,
     write_buffer=4096,
-    head_seconds=0.3,
-    body_seconds=0.3,
-    idle_seconds=0.6,
-    stall_seconds=0.4,
-    linger_seconds=0.3,
+    linger_seconds=0.5,
     sweep_seconds=0.05,
 )
+HASTY = replace(LIMITS, head_seconds=0.3, body_seconds=0.3, idle_seconds=1.0, stall_seconds=0.4)
 
 
 class Server:
@@ -130,20 +128,30 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def shared_server() -> Iterator[Server]:
-    with Server() as server:
-        yield server
+def shared_servers() -> Iterator[list[Server]]:
+    with Server() as server, Server(HASTY) as hasty:
+        yield [server, hasty]
+
+
+def as_new(server: Server) -> Iterator[Server]:
+    server.gate.clear()
+    server.cancelled = 0
+    server.seen.clear()
+    yield server
+    server.gate.set()
+    server.wait_for(lambda: server.http.connections == 0)
+    assert server.http.unanswered == 0, "every byte held was given back"
 
 
 @pytest.fixture
-def server(shared_server: Server) -> Iterator[Server]:
-    shared_server.gate.clear()
-    shared_server.cancelled = 0
-    shared_server.seen.clear()
-    yield shared_server
-    shared_server.gate.set()
-    shared_server.wait_for(lambda: shared_server.http.connections == 0)
-    assert shared_server.http.unanswered == 0, "every byte held was given back"
+def server(shared_servers: list[Server]) -> Iterator[Server]:
+    yield from as_new(shared_servers[0])
+
+
+@pytest.fixture
+def hasty(shared_servers: list[Server]) -> Iterator[Server]:
+    """A server with short time limits."""
+    yield from as_new(shared_servers[1])
 
 
 def head(line: str, *headers: str) -> bytes:
@@ -295,12 +303,12 @@ def test_requests_that_ask_to_upgrade_are_answered_as_they_are(server: Server) -
     assert data.count(b"HTTP/1.1 200 OK") == 301
 
 
-def test_answers_do_not_pile_up_for_a_client_that_pipelines_and_does_not_read(server: Server) -> None:
-    with server.connect() as connection:
+def test_answers_do_not_pile_up_for_a_client_that_pipelines_and_does_not_read(hasty: Server) -> None:
+    with hasty.connect() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.sendall(head("GET /big HTTP/1.1") * 500)
-        server.wait_for(lambda: server.http.connections == 0)
-    assert len(server.seen) == 1, "the next is not begun while the client leaves the last one lying"
+        hasty.wait_for(lambda: hasty.http.connections == 0)
+    assert len(hasty.seen) == 1, "the next is not begun while the client leaves the last one lying"
 
 
 @pytest.mark.parametrize(
@@ -312,14 +320,14 @@ def test_answers_do_not_pile_up_for_a_client_that_pipelines_and_does_not_read(se
         head("POST / HTTP/1.1", "Transfer-Encoding: chunked") + b"5\r\nab",
     ],
 )
-def test_requests_that_never_end_are_given_up(server: Server, data: bytes) -> None:
+def test_requests_that_never_end_are_given_up(hasty: Server, data: bytes) -> None:
     began = time.monotonic()
-    assert parse_response(server.raw(data)).status == 408
+    assert parse_response(hasty.raw(data)).status == 408
     assert 0.2 < time.monotonic() - began < 5
 
 
-def test_a_slow_loris_gets_no_more_time_by_dripping(server: Server) -> None:
-    with server.connect() as connection:
+def test_a_slow_loris_gets_no_more_time_by_dripping(hasty: Server) -> None:
+    with hasty.connect() as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n")
         began = time.monotonic()
         try:
@@ -331,10 +339,10 @@ def test_a_slow_loris_gets_no_more_time_by_dripping(server: Server) -> None:
         assert time.monotonic() - began < 4
 
 
-def test_idle_connections_are_closed_silently(server: Server) -> None:
-    with server.connect() as connection:
+def test_idle_connections_are_closed_silently(hasty: Server) -> None:
+    with hasty.connect() as connection:
         assert read_all(connection) == b""
-    with server.connect() as connection:
+    with hasty.connect() as connection:
         connection.sendall(head("GET /a HTTP/1.1"))
         assert read_all(connection).count(b"HTTP/1.1") == 1
 
@@ -367,16 +375,16 @@ def test_a_client_that_goes_away_cancels_its_request(server: Server) -> None:
     assert all(path == "/slow" for _, path, _ in server.seen)
 
 
-def test_a_client_that_does_not_read_is_cut_off(server: Server) -> None:
-    with server.connect() as connection:
+def test_a_client_that_does_not_read_is_cut_off(hasty: Server) -> None:
+    with hasty.connect() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.sendall(head("GET /flood HTTP/1.1"))
-        server.wait_for(lambda: server.cancelled == 1)
-    with server.connect() as connection:
+        hasty.wait_for(lambda: hasty.cancelled == 1)
+    with hasty.connect() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.sendall(head("GET /big HTTP/1.1"))
-        server.wait_for(lambda: server.seen[-1][1] == "/big")
-        server.wait_for(lambda: server.http.connections == 0)
+        hasty.wait_for(lambda: hasty.seen[-1][1] == "/big")
+        hasty.wait_for(lambda: hasty.http.connections == 0)
 
 
 def test_a_big_answer_arrives_whole_on_a_closing_connection(server: Server) -> None:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,6 @@ def test_an_abandoned_official_stream_ends_its_sequence(replica: Replica) -> Non
 
 
 def test_a_slow_client_is_coalesced_and_then_cut_off(model: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     limits = replace(FRONT_LIMITS, stall_seconds=0.5, sweep_seconds=0.05, write_buffer=2048)
     with Replica(model, tmp_path, limits) as replica:
         replica.engine.chunk = 50
@@ -86,6 +85,20 @@ def test_a_slow_client_is_coalesced_and_then_cut_off(model: Path, tmp_path: Path
             replica.wait_for(lambda: replica.front.http.connections == 0)
         replica.wait_for(lambda: not replica.engine.running)
         assert replica.front.client.running == 0
+
+
+def test_a_grpc_client_that_does_not_read_is_cut_off(model: Path, tmp_path: Path) -> None:
+    with Replica(model, tmp_path, replace(FRONT_LIMITS, stall_seconds=0.5)) as replica:
+        replica.engine.chunk = 50
+        sampling = pb.SamplingParameters(n=20, logprobs=20, max_tokens=2000, ignore_eos=True)
+        with grpc.insecure_channel(replica.target) as channel:
+            call = inference_pb2_grpc.InferenceStub(channel).Generate(pb.GenerateRequest(text="ab", sampling=sampling))
+            replica.wait_for(lambda: replica.engine.submitted != [])
+            replica.wait_for(lambda: replica.front.grpc.busy == 0)
+            assert not replica.engine.running
+            with pytest.raises(grpc.RpcError) as error:
+                list(call)
+            assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 def test_a_patient_client_gets_all_of_it_though_it_reads_late(replica: Replica) -> None:
@@ -140,7 +153,7 @@ def test_the_engine_dies(fresh: Replica) -> None:
         assert (response.status, response.json()["error"]["code"]) == (503, "engine_gone")
         assert response.headers["retry-after"] == "1"
         data = (begun + read_all(stream)).partition(b"\r\n\r\n")[2]
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 5
         last = events(dechunk(data))[-2:]
         assert last[0]["error"]["code"] == "engine_gone"
         assert last[0]["error"]["type"] == "service_unavailable_error"

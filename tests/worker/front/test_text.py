@@ -282,10 +282,10 @@ async def test_a_long_text_does_not_hold_up_the_loop(model: Path) -> None:
             await asyncio.sleep(0.001)
 
     ticking = asyncio.create_task(tick())
-    ids = await tokenizer.encode_soon(text, special=False, limit=10**9)
+    (ids,) = await tokenizer.encode_soon([text], special=False, limit=10**9)
     ticking.cancel()
     assert ticks > 10
     assert tokenizer.decode(ids) == text
     with pytest.raises(PromptTooLong):
-        await tokenizer.encode_soon(text, special=False, limit=1000)
+        await tokenizer.encode_soon([text], special=False, limit=1000)
     tokenizer.close()

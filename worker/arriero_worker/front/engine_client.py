@@ -25,6 +25,10 @@ MAX_PENDING = 65536
 """Tokens (a token with logprobs counts one more for each alternative) that may wait for a consumer, per submission."""
 
 
+MAX_UNSENT = 64 * 1024 * 1024
+"""Bytes that may wait for an engine that does not read."""
+
+
 class EngineGone(Exception):
     """The engine process went away, or is not there: what ran on it is lost to this process."""
 
@@ -174,6 +178,8 @@ class EngineClient:
         """Hand sequences to the engine. Raises EngineGone if it is not there."""
         if self._connection is None or self.status is None:
             raise EngineGone("the engine is not there")
+        if self._connection.unsent > MAX_UNSENT:
+            raise EngineGone("the engine does not take requests")
         ids = [request.id for request in requests]
         submission = Submission(self, ids)
         frame = encode_frame(Submit(requests))
@@ -298,6 +304,11 @@ class _Connection(asyncio.Protocol):
     def write(self, frame: bytes) -> None:
         if self._transport is not None:
             self._transport.write(frame)
+
+    @property
+    def unsent(self) -> int:
+        """Bytes written that the engine has not read yet, beyond the socket's own buffer."""
+        return self._transport.get_write_buffer_size() if self._transport is not None else 0
 
     def close(self) -> None:
         if self._transport is not None:

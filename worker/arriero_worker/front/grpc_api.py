@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn, TypeVar
 
@@ -28,6 +29,7 @@ log = logging.getLogger("arriero.grpc")
 _T = TypeVar("_T")
 SERVICE = "arriero.inference.v1.Inference"
 _MAX_METADATA = 2 * 1024 * 1024
+_MAX_MESSAGE = 4 * 1024 * 1024
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     404: grpc.StatusCode.NOT_FOUND,
@@ -66,7 +68,7 @@ class GrpcFace:
         """Listen; returns the port. Raises OSError."""
         self._server = server = grpc.aio.server(
             options=[
-                ("grpc.max_receive_message_length", self._limits.max_body),
+                ("grpc.max_receive_message_length", _MAX_MESSAGE),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_metadata_size", _MAX_METADATA),
                 ("grpc.absolute_max_metadata_size", _MAX_METADATA),
@@ -212,11 +214,13 @@ class _Inference:
         return await self._service.tokenize(text, special=False, param="conversation")
 
     async def _generate(self, request: pb.GenerateRequest, context: Any) -> None:
+        arrived = time.monotonic()
         service = self._service
         service.resolve_model(request.model)
         metadata = {str(key): value for key, value in context.invocation_metadata() or ()}
         resume = parse_resume(lambda name: _text(metadata.get(name)), service.vocab_size)
         generation, echo = await self._generation(request, resume)
+        generation.arrived = arrived
         run = service.generate(generation)
         shape = _Responses(service.tokenizer.vocabulary, run, generation, echo)
         try:

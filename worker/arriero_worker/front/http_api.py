@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from arriero_worker.front.http.errors import HttpError
-from arriero_worker.front.http.exchange import JSON, Exchange
+from arriero_worker.front.http.exchange import JSON, Disconnected, Exchange
 from arriero_worker.front.metrics import CONTENT_TYPE
 from arriero_worker.front.openai.chat import chat_completions
 from arriero_worker.front.openai.completions import completions
@@ -46,7 +46,7 @@ class HttpApi:
         except HttpError as error:
             status = str(error.status)
             raise
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, Disconnected):
             raise
         except Exception:
             status = "500"

@@ -13,7 +13,7 @@ from arriero_worker.front.text.generation_config import GenerationDefaults
 MAX_LOGPROBS = 20
 MAX_ANSWERS = 128
 MAX_STOPS = 32
-MAX_STOP_LENGTH = 1024
+MAX_STOP_LENGTH = 256
 MAX_STOP_TOKENS = 1024
 MAX_BIASES = 1024
 GREEDY_BELOW = 1e-5

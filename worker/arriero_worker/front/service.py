@@ -133,8 +133,12 @@ class Service:
 
     async def tokenize(self, text: str, *, special: bool, param: str = "prompt") -> list[int]:
         """Ids of a text. Raises HttpError 400 where they certainly exceed the context."""
+        return (await self.tokenize_all([text], special=special, param=param))[0]
+
+    async def tokenize_all(self, texts: list[str], *, special: bool, param: str = "prompt") -> list[list[int]]:
+        """`tokenize`, of each."""
         try:
-            return await self.tokenizer.encode_soon(text, special=special, limit=self.max_context)
+            return await self.tokenizer.encode_soon(texts, special=special, limit=self.max_context)
         except PromptTooLong as error:
             raise self._too_long(f"at least {error.tokens}", param) from error
 
@@ -241,7 +245,7 @@ class Run:
             try:
                 self._submission = service.client.submit(requests)
             except EngineGone as error:
-                raise _gone() from error
+                raise _gone(error) from error
 
     def _prepare(self, rules: AnswerRules) -> list[EngineRequest]:
         generation, launch = self._generation, self._service.launch
@@ -310,7 +314,7 @@ class Run:
             try:
                 news = await self._submission.next()
             except EngineGone as error:
-                raise _gone() from error
+                raise _gone(error) from error
             except ConsumerTooSlow as error:
                 raise HttpError(408, str(error), code="client_too_slow") from error
             if not news:
@@ -371,8 +375,8 @@ class Run:
                 self._metrics.answer("abort")
 
 
-def _gone() -> HttpError:
-    return HttpError(503, "the engine went away; the replica is starting it again", code="engine_gone", retry_after=1)
+def _gone(error: EngineGone) -> HttpError:
+    return HttpError(503, str(error), code="engine_gone", retry_after=1)
 
 
 def _refused(refusal: Refusal) -> HttpError:

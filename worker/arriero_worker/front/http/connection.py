@@ -128,6 +128,7 @@ class Connection(asyncio.Protocol):
         self._waiting.clear()
         if self._running is not None:
             self._running.cancel()
+        self._set_deadline()  # what is still being written is waited for, but not for ever
         return False
 
     def pause_writing(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from typing import Any
 
 from arriero_worker.engine.messages import TokenLogprobs
@@ -35,11 +36,13 @@ from arriero_worker.front.text.vocabulary import Vocabulary
 
 async def chat_completions(service: Service, exchange: Exchange) -> None:
     """Answer one exchange. Raises HttpError."""
+    arrived = time.monotonic()
     request = parse_body(ChatRequest, exchange.body, exchange.header(b"content-type"))
     check_neutral(request)
     model = service.resolve_model(request.model)
     resume = resume_of(exchange, service)
     generation, echo = await _generation(service, request, resume)
+    generation.arrived = arrived
     identity = Identity(exchange, "chatcmpl", model, resume)
     run = service.generate(generation)
     try:

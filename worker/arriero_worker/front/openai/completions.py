@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from arriero_worker.engine.messages import TokenLogprobs
@@ -32,11 +33,13 @@ DEFAULT_MAX_TOKENS = 16
 
 async def completions(service: Service, exchange: Exchange) -> None:
     """Answer one exchange. Raises HttpError."""
+    arrived = time.monotonic()
     request = parse_body(CompletionRequest, exchange.body, exchange.header(b"content-type"))
     check_neutral(request)
     model = service.resolve_model(request.model)
     resume = resume_of(exchange, service)
     generation, texts = await _generation(service, request, resume)
+    generation.arrived = arrived
     identity = Identity(exchange, "cmpl", model, resume)
     shape = Shape(service.tokenizer.vocabulary, identity, request, generation, texts)
     run = service.generate(generation)
@@ -69,15 +72,14 @@ async def _generation(
     given = prompts_of(request.prompt)
     if len(given) * (request.n or 1) > MAX_SEQUENCES:
         raise refuse("prompt", f"prompts times n is at most {MAX_SEQUENCES}")
-    prompts, texts = [], []
-    for prompt in given:
-        if isinstance(prompt, str):
-            texts.append(prompt)
-            prompts.append(await service.tokenize(prompt, special=request.add_special_tokens is not False))
-        else:
+    if isinstance(given[0], str):
+        texts = [prompt for prompt in given if isinstance(prompt, str)]
+        prompts = await service.tokenize_all(texts, special=request.add_special_tokens is not False)
+    else:
+        prompts = [prompt for prompt in given if isinstance(prompt, list)]
+        for prompt in prompts:
             service.check_ids(prompt, "prompt")
-            prompts.append(prompt)
-            texts.append(service.tokenizer.decode(prompt) if request.echo else "")
+        texts = [service.tokenizer.decode(prompt) for prompt in prompts] if request.echo else []
     generation = Generation(
         prompts=prompts,
         sampling=service.sampling(fields, prompts, resume, default_max_tokens=DEFAULT_MAX_TOKENS),

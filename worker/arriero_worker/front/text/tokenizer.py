@@ -41,15 +41,18 @@ class Tokenizer:
         ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
         return ids
 
-    async def encode_soon(self, text: str, *, special: bool, limit: int) -> list[int]:
-        """`encode`, in a thread where the text is long. Raises PromptTooLong where over `limit` tokens are certain."""
-        if len(text) > _INLINE:
-            least = len(text) // self.vocabulary.longest
-            if least > limit:
-                raise PromptTooLong(least)
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, lambda: self.encode(text, special=special))
-        return self.encode(text, special=special)
+    async def encode_soon(self, texts: list[str], *, special: bool, limit: int) -> list[list[int]]:
+        """`encode` of each, in a thread where there is much to do: it releases the interpreter's lock.
+
+        Raises PromptTooLong where one has certainly more than `limit` tokens.
+        """
+        if sum(map(len, texts)) <= _INLINE:
+            return [self.encode(text, special=special) for text in texts]
+        least = max(map(len, texts)) // self.vocabulary.longest
+        if least > limit:
+            raise PromptTooLong(least)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: [self.encode(text, special=special) for text in texts])
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids, special tokens included."""
