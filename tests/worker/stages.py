@@ -181,9 +181,7 @@ def make_batch(
         lengths.append(past + len(new))
     width = max(len(blocks.tables[sequence]) for sequence, _, _ in work)
     # What lies beyond a sequence's context is undefined: a block id that does not exist would crash who reads it.
-    table_rows = [
-        (blocks.tables[sequence] + [1 << 30] * width)[:width] if past >= 0 else [] for sequence, _, past in work
-    ]
+    table_rows = [(blocks.tables[sequence] + [1 << 30] * width)[:width] for sequence, _, _ in work]
     return ForwardBatch(
         tokens_T=torch.tensor(tokens, dtype=torch.int64),
         positions_T=torch.tensor(positions, dtype=torch.int64),

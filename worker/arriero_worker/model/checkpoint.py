@@ -40,7 +40,7 @@ def read_shape(directory: Path) -> ModelShape:
 
 
 class Checkpoint:
-    """Opens a directory's files lazily; `read` copies a part of one tensor and nothing else.
+    """Opens a directory's files lazily; `read` touches a part of one tensor and nothing else.
 
     Raises CheckpointError from every method.
     """
@@ -51,11 +51,13 @@ class Checkpoint:
         self._index = _read_index(directory)
 
     def close(self) -> None:
-        """Unmap the files. Tensors already read stay valid."""
+        """Let go of the files."""
         self._files.clear()
 
     def read(self, part: TensorSlice) -> torch.Tensor:
-        """The rank's part, in the checkpoint's dtype, without the zeros behind it."""
+        """The rank's part, in the checkpoint's dtype, without the zeros behind it; a view of the mapped file where
+        safetensors gives one, which stays valid after `close`.
+        """
         path, handle = self._check(part)
         start, stop = part.stored
         try:
