@@ -20,8 +20,9 @@ from arriero_worker.front.answer import Piece
 from arriero_worker.front.http.errors import HttpError
 from arriero_worker.front.http.server import ANY, HttpLimits
 from arriero_worker.front.resume import Resume, parse_resume
+from arriero_worker.front.run import Generation, Run
 from arriero_worker.front.sampling import SamplingFields, bounded, refuse
-from arriero_worker.front.service import Generation, Run, Service
+from arriero_worker.front.service import Service
 from arriero_worker.front.text.vocabulary import Vocabulary
 
 log = logging.getLogger("arriero.grpc")

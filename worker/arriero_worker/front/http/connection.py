@@ -11,6 +11,7 @@ import httptools
 
 from arriero_worker.front.http.errors import HttpError
 from arriero_worker.front.http.exchange import Disconnected, Exchange
+from arriero_worker.front.http.head import check_head, too_large
 
 if TYPE_CHECKING:
     from arriero_worker.front.http.server import HttpServer
@@ -186,7 +187,7 @@ class Connection(asyncio.Protocol):
             parser.should_keep_alive(),
         )
         try:
-            expects_body = self._check_head(exchange)
+            expects_body = check_head(exchange, parser.should_upgrade(), self._limits.max_body)
         except HttpError as error:
             self._fail(error)
             return
@@ -200,7 +201,7 @@ class Connection(asyncio.Protocol):
         if self._deaf:
             return
         if len(self._body) + len(body) > self._limits.max_body:
-            self._fail(self._too_large())
+            self._fail(too_large(self._limits.max_body))
             return
         if not self.server.reserve(len(body)):
             self._fail(_overloaded())
@@ -307,41 +308,6 @@ class Connection(asyncio.Protocol):
             exchange.cut()
 
     # -- limits
-
-    def _check_head(self, exchange: Exchange) -> bool:
-        """Whether a body follows. Raises HttpError for a head that is not acceptable."""
-        if exchange.version not in ("1.1", "1.0"):
-            raise HttpError(505, f"HTTP/{exchange.version} is not spoken here")
-        hosts = length = 0
-        encoding = None
-        for name, value in exchange.headers:
-            if name == b"host":
-                hosts += 1
-            elif name == b"content-length":
-                length = int(value)
-            elif name == b"transfer-encoding":
-                encoding = value.strip().lower()
-            elif name == b"content-encoding" and value.strip().lower() != b"identity":
-                raise HttpError(415, "compressed bodies are not accepted")
-            elif name == b"expect" and value.strip().lower() != b"100-continue":
-                raise HttpError(417, "only 100-continue can be expected")
-        if hosts > 1 or (hosts == 0 and exchange.version == "1.1"):
-            raise HttpError(400, "exactly one Host header is needed")
-        if encoding is not None and encoding != b"chunked":
-            raise HttpError(501, "the only transfer encoding is chunked")
-        if encoding is not None and exchange.version == "1.0":
-            raise HttpError(400, "HTTP/1.0 has no transfer encoding")
-        if exchange.method == "CONNECT":
-            raise HttpError(405, "CONNECT is not served here")
-        expects_body = encoding is not None or length > 0
-        if expects_body and self._parser.should_upgrade():
-            raise HttpError(400, "a request with a body cannot ask to upgrade")
-        if length > self._limits.max_body:
-            raise self._too_large()
-        return expects_body
-
-    def _too_large(self) -> HttpError:
-        return HttpError(413, f"the body is larger than {self._limits.max_body} bytes", code="request_too_large")
 
     def _head_too_large(self) -> HttpError:
         return HttpError(431, f"the head is larger than {self._limits.max_head} bytes")

@@ -28,8 +28,9 @@ from arriero_worker.front.openai.parse import (
 from arriero_worker.front.openai.reply import collect, resume_of, stream
 from arriero_worker.front.openai.schema import ChatRequest
 from arriero_worker.front.resume import Resume
+from arriero_worker.front.run import Generation, Run, Usage
 from arriero_worker.front.sampling import refuse
-from arriero_worker.front.service import Generation, Run, Service, Usage
+from arriero_worker.front.service import Service
 from arriero_worker.front.text.tools import ToolCall
 from arriero_worker.front.text.vocabulary import Vocabulary
 

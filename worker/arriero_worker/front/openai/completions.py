@@ -23,8 +23,9 @@ from arriero_worker.front.openai.parse import check_neutral, parse_body, prompts
 from arriero_worker.front.openai.reply import collect, resume_of, stream
 from arriero_worker.front.openai.schema import CompletionRequest
 from arriero_worker.front.resume import Resume
+from arriero_worker.front.run import Generation, Run, Usage
 from arriero_worker.front.sampling import refuse
-from arriero_worker.front.service import MAX_SEQUENCES, Generation, Run, Service, Usage
+from arriero_worker.front.service import MAX_SEQUENCES, Service
 from arriero_worker.front.text.vocabulary import Vocabulary
 
 DEFAULT_MAX_TOKENS = 16

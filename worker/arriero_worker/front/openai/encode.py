@@ -12,7 +12,7 @@ from arriero_worker.engine.messages import TokenLogprobs
 from arriero_worker.front.http.errors import HttpError
 from arriero_worker.front.http.exchange import Exchange
 from arriero_worker.front.resume import Resume, valid_id
-from arriero_worker.front.service import Run, Usage
+from arriero_worker.front.run import Run, Usage
 from arriero_worker.front.text.vocabulary import Vocabulary
 
 json_bytes = msgspec.json.encode

@@ -9,7 +9,8 @@ from arriero_worker.front.http.errors import HttpError
 from arriero_worker.front.http.exchange import Exchange
 from arriero_worker.front.openai.encode import DONE, EVENT_STREAM, STREAM_HEADERS, event
 from arriero_worker.front.resume import Resume, parse_resume
-from arriero_worker.front.service import Generation, Run, Service, Usage
+from arriero_worker.front.run import Generation, Run, Usage
+from arriero_worker.front.service import Service
 
 
 class StreamWriter(Protocol):
