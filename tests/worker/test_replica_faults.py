@@ -1,4 +1,6 @@
-"""What clients of a real replica see when its processes die: a pause where a rank is lost, a refusal at once where the leader is, and nothing wrong ever."""
+"""What clients of a real replica see when its processes die: a pause where a rank is lost, a refusal at once where
+the leader is, and nothing wrong ever.
+"""
 
 import asyncio
 import json
@@ -12,9 +14,9 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
+from tests.worker.replica import Replica
 
 from arriero.inference.v1 import worker_pb2 as pb
-from tests.worker.replica import Replica
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny_llama" / "checkpoint"
 LAYERS = json.loads((MODEL / "config.json").read_text())["num_hidden_layers"]

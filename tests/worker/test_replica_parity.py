@@ -1,4 +1,6 @@
-"""A replica of real processes gives transformers' tokens, in every layout, while it preempts, chunks and shares prefixes."""
+"""A replica of real processes gives transformers' tokens, in every layout, while it preempts, chunks and shares
+prefixes.
+"""
 
 import asyncio
 import shutil
@@ -10,15 +12,15 @@ import grpc
 import httpx
 import pytest
 import torch
-
-from arriero.inference.v1 import inference_pb2 as pb
-from arriero.inference.v1 import inference_pb2_grpc
 from tests.worker.checkpoints import llama3_rope, make_checkpoint, random_model
 from tests.worker.front.replica import write_model
 from tests.worker.replica import Replica
 
-# Odd sizes on purpose: the vocabulary is divisible by no tensor size, heads are smaller than hidden / heads, tensor 4 has
-# more ranks than KV heads, and sequences run past the original context of the rope scaling.
+from arriero.inference.v1 import inference_pb2 as pb
+from arriero.inference.v1 import inference_pb2_grpc
+
+# Odd sizes on purpose: the vocabulary is divisible by no tensor size, heads are smaller than hidden / heads, tensor
+# 4 has more ranks than KV heads, and sequences run past the original context of the rope scaling.
 SHAPE: dict[str, Any] = {
     "vocab_size": 409,
     "num_hidden_layers": 5,

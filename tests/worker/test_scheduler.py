@@ -579,6 +579,26 @@ class TestLostRank:
         assert set(harness.cached) == set(ids)
         harness.finish()
 
+    def test_a_request_under_which_every_epoch_ends_is_ended_with_an_error(self) -> None:
+        harness = Harness()
+        poison = never_stopping(harness)
+        for _ in range(5):
+            assert not harness.ended
+            assert harness.schedule() is not None
+            harness.reset()
+            harness.take_events()
+        assert harness.ended == {poison: "error"}
+        assert harness.scheduler.idle
+
+    def test_a_request_that_gains_a_token_in_each_epoch_goes_on(self) -> None:
+        harness = Harness()
+        unlucky = never_stopping(harness, max_tokens=20)
+        for _ in range(12):
+            harness.step()
+            harness.reset()
+        harness.finish()
+        assert harness.ended == {unlucky: "length"}
+
     def test_steps_go_on_counting(self) -> None:
         harness = Harness()
         never_stopping(harness)

@@ -37,6 +37,8 @@ from arriero_worker.model.loader import CheckpointError
 from arriero_worker.model.shard import ShardError
 from arriero_worker.process import EXIT_UNUSABLE, die_with_parent, set_process_name, set_up_logging
 from arriero_worker.rank_entry import engine_socket
+from arriero_worker.runner.batch import BatchState
+from arriero_worker.runner.sampler import Sampler
 from arriero_worker.session import Session
 from arriero_worker.stage import LoadedStage, load_stage
 
@@ -116,6 +118,8 @@ class Rank:
         stage.backend.warm()
         if self._launch.layout.tensor > 1:
             reduce.warm()
+        if stage.shard.last:
+            Sampler(BatchState(1, 1, 1), stage.shape.vocab_size)  # compiles what sampling needs
         return stage
 
     def _open_store(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
+from tests.worker.group.groups import free_port, launch_of
 
 from arriero.inference.v1 import worker_pb2 as pb
 from arriero.inference.v1 import worker_pb2_grpc
@@ -14,7 +15,6 @@ from arriero_plan.launch import Launch
 from arriero_worker.group.control import Control
 from arriero_worker.group.memory import PodMemory
 from arriero_worker.group.ring import Ring, pack_plan
-from tests.worker.group.groups import free_port, launch_of
 
 
 class Pod:

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.worker.group.groups import launch_of
 
 from arriero_plan.launch import Launch
 from arriero_worker.group.comm import GroupAborted
 from arriero_worker.group.data import GroupData
 from arriero_worker.group.memory import SLOT_BYTES, PodMemory
-from tests.worker.group.groups import launch_of
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["arriero_worker.group.data"])

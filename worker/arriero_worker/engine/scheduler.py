@@ -36,6 +36,7 @@ from arriero_worker.engine.step import Admit, Chunk, Grow, StepPlan, StepResult
 __all__ = ["Scheduler", "SchedulerSettings", "Stats"]
 
 _append = array.append
+_LOSSES = 5  # epochs that may end under a sequence without a token gained
 
 
 @dataclass(slots=True)
@@ -122,7 +123,8 @@ class Scheduler:
     def reset(self) -> None:
         """The group lost a rank: the KV is gone and no step in flight comes back. Running sequences are recomputed.
 
-        They return to the queue, where their order puts them before all that had not started.
+        They return to the queue, where their order puts them before all that had not started. One that keeps ending its
+        group's epochs is ended itself: else a request that fails its step would hold the group for ever.
         """
         self._issued.clear()
         self._lanes = Lanes(self.settings.pipeline, self.settings.block_size)
@@ -132,9 +134,14 @@ class Scheduler:
         for sequence in self._running:
             sequence.vacate()
             sequence.needs = 0
+            sequence.losses = sequence.losses + 1 if len(sequence.tokens) == sequence.lost_at else 1
+            sequence.lost_at = len(sequence.tokens)
             self._waiting.add(sequence)
+        hopeless = [sequence for sequence in self._running if sequence.losses >= _LOSSES]
         self._running = Ordered()
         self._free_slots = deque((0, slot) for slot in range(self.settings.max_running))
+        for sequence in hopeless:
+            self._end(sequence, "error", message=f"the group failed {_LOSSES} times in a row while it ran this request")
 
     # The loop
 

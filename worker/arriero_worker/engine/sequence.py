@@ -24,6 +24,8 @@ class Sequence:
         "keys",
         "lane",
         "limit",
+        "losses",
+        "lost_at",
         "needs",
         "order",
         "origin",
@@ -63,6 +65,10 @@ class Sequence:
         """Whether a chunk of it was ever scheduled."""
         self.prompt_reported = 0
         """Last prompt position whose log-probabilities were delivered."""
+        self.losses = 0
+        """Epochs in a row that ended under it without a token gained."""
+        self.lost_at = -1
+        """Its length when the last of them ended."""
         self.needs = 0
         """Blocks it lacked at the last attempt to admit it."""
         self.run = 0
