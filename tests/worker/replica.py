@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def free_ports(count: int) -> list[int]:
 
 def stages_of(layers: int, pipeline: int) -> tuple[Stage, ...]:
     edges = [layers * i // pipeline for i in range(pipeline + 1)]
-    return tuple(Stage(first_layer=first, end_layer=end) for first, end in zip(edges, edges[1:], strict=False))
+    return tuple(Stage(first_layer=first, end_layer=end) for first, end in pairwise(edges))
 
 
 def launch_replica(
@@ -130,7 +131,8 @@ class Replica:
 
         def ready() -> bool:
             for index, pod in enumerate(self.pods):
-                assert pod is None or pod.poll() is None, f"pod {index} ended with {pod.poll()}:\n{self.log.read_text()}"
+                code = None if pod is None else pod.poll()
+                assert code is None, f"pod {index} ended with {code}:\n{self.log.read_text()}"
             try:
                 if httpx.get(f"{self.url}/health/ready", timeout=5).status_code != 200:
                     return False

@@ -44,6 +44,7 @@ class Stream:
         self.error: str | None = None
         self.cut = False
         self.times: list[float] = []
+        self.begun = asyncio.Event()
 
     async def run(self, client: httpx.AsyncClient, url: str, index: int) -> None:
         body = {
@@ -71,6 +72,7 @@ class Stream:
             self.error = event["error"]["message"]
             return
         self.times.append(time.monotonic())
+        self.begun.set()
         self.text += event["choices"][0]["text"]
         self.finish = event["choices"][0]["finish_reason"] or self.finish
 
@@ -78,6 +80,11 @@ class Stream:
 async def run_streams(url: str, first: int, streams: list[Stream]) -> None:
     async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as client:
         await asyncio.gather(*(stream.run(client, url, first + i) for i, stream in enumerate(streams)))
+
+
+async def first_tokens(streams: list[Stream]) -> None:
+    """Returns when each of the streams has had one."""
+    await asyncio.gather(*(stream.begun.wait() for stream in streams))
 
 
 async def test_a_killed_rank_is_a_pause(replica: Replica, campaign: int, seed: int) -> None:
@@ -94,8 +101,7 @@ async def test_a_killed_rank_is_a_pause(replica: Replica, campaign: int, seed: i
         epoch = replica.status().epoch
         streams = [Stream() for _ in range(STREAMS)]
         load = asyncio.create_task(run_streams(replica.url, 0, streams))
-        while not any(stream.times for stream in streams):
-            await asyncio.sleep(0.005)
+        await first_tokens(streams[:1])
         await asyncio.sleep(rng.uniform(0, undisturbed / 2))
         victim = rng.choice([1, 2, 3])
         watch = replica.stub().Status(pb.StatusRequest(), timeout=60)
@@ -123,8 +129,7 @@ async def test_a_killed_leader_is_a_refusal_at_once_and_the_group_comes_back(rep
     epoch = replica.status().epoch
     streams = [Stream() for _ in range(4)]
     load = asyncio.create_task(run_streams(replica.url, 0, streams))
-    while not all(stream.times for stream in streams):
-        await asyncio.sleep(0.005)
+    await first_tokens(streams)
     survivors = [replica.process_of(rank).pid for rank in (1, 2, 3)]
     killed = time.monotonic()
     replica.kill_rank(0)
@@ -176,8 +181,7 @@ def test_a_pod_that_is_asked_to_stop_waits_for_what_runs(replica: Replica) -> No
     async def load() -> list[Stream]:
         streams = [Stream() for _ in range(4)]
         running = asyncio.create_task(run_streams(replica.url, 0, streams))
-        while not all(stream.times for stream in streams):
-            await asyncio.sleep(0.005)
+        await first_tokens(streams)
         pod = replica.pods[1]
         assert pod is not None
         replica.pods[1] = None
@@ -197,8 +201,7 @@ def test_sigterm_drains_the_leaders_pod() -> None:
         async def load() -> None:
             streams = [Stream() for _ in range(32)]
             running = asyncio.create_task(run_streams(replica.url, 0, streams))
-            while not any(stream.times for stream in streams):
-                await asyncio.sleep(0.005)
+            await first_tokens(streams[:1])
             pod = replica.pods[0]
             assert pod is not None
             pod.terminate()
