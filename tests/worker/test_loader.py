@@ -33,6 +33,9 @@ class Keeping:
     def pack_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
         return weight_NK, bias_N
 
+    def pack_table(self, weight_VH: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        return weight_VH, None
+
     def pack_vector(self, vector: torch.Tensor) -> torch.Tensor:
         return vector
 

@@ -68,6 +68,10 @@ class Backend(Protocol[LinearT]):
         """Take over a weight, in `dtype`, and a bias; the given tensors may be dropped afterwards."""
         ...
 
+    def pack_table(self, weight_VH: torch.Tensor) -> LinearT:
+        """Take over an embedding; a tied head uses it as a linear too."""
+        ...
+
     def linear_bytes(self, weight: LinearT) -> int:
         """What one pass over the weight reads."""
         ...
@@ -85,9 +89,7 @@ class Backend(Protocol[LinearT]):
         ...
 
     def embed(self, tokens_T: torch.Tensor, table_VH: LinearT, first_token: int) -> torch.Tensor:
-        """[T, H]: rows of a table that begins at token `first_token`; zeros for tokens outside it. The table is packed
-        like a linear, so that a tied head shares it.
-        """
+        """[T, H]: rows of a table that begins at token `first_token`; zeros for tokens outside it."""
         ...
 
     def add_rms_norm(

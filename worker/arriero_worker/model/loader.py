@@ -79,7 +79,7 @@ def _build(
 ) -> StageWeights[LinearT]:
     embedding = head = final_norm = None
     if shard.first:
-        embedding = backend.pack_linear(read(shard.embedding_slice(shape)), None)
+        embedding = backend.pack_table(read(shard.embedding_slice(shape)))
     layers = [_layer(read, shape, shard, layer, backend) for layer in range(shard.first_layer, shard.end_layer)]
     if shard.last:
         final_norm = backend.pack_vector(read(TensorSlice(FINAL_NORM, (shape.hidden_size,), 0, 0, shape.hidden_size)))

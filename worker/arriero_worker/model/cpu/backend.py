@@ -16,7 +16,9 @@ from arriero_worker.model.cpu import attention as attention_
 from arriero_worker.model.cpu import elementwise, linear
 from arriero_worker.model.cpu.memory import Workspace, huge_empty
 from arriero_worker.model.cpu.native import BFLOAT16, FLOAT32, PAIRED, PANEL
-from arriero_worker.model.cpu.pool import Pool
+from arriero_worker.model.cpu.onednn import OneDnnLinear
+from arriero_worker.model.cpu.onednn import usable as matrix_units
+from arriero_worker.model.cpu.pool import BRIEF_SPIN, SPIN, Pool
 from arriero_worker.model.forward import ForwardBatch
 
 _Kernel = tuple[int, struct.Struct]
@@ -70,11 +72,14 @@ class CpuBackend:
     """One rank's kernels and their threads. See `model.backend.Backend` for what the operations do."""
 
     def __init__(self, dtype: torch.dtype, threads: int) -> None:
+        """`threads`: also torch's. Raises ValueError for a dtype other than float32 and bfloat16."""
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"the cpu backend computes in float32 or bfloat16, not in {dtype}")
         self.dtype = dtype
         self.hidden_dtype = torch.float32
-        self._pool = Pool(threads)
+        self._one_dnn = dtype == torch.bfloat16 and matrix_units()
+        # torch's own threads do the linears then, on the same cores: ours must not spin in their way.
+        self._pool = Pool(threads, BRIEF_SPIN if self._one_dnn else SPIN)
         self._threads = threads
         self._space = Workspace()
         self._scratch = torch.empty(threads * linear.SCRATCH_BYTES, dtype=torch.uint8)
@@ -97,7 +102,15 @@ class CpuBackend:
 
     # -- weights and cache
 
-    def pack_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear:
+    def pack_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear | OneDnnLinear:
+        if self._one_dnn:
+            return OneDnnLinear.pack(weight_NK, bias_N)
+        return self._pack_panels(weight_NK, bias_N)
+
+    def pack_table(self, weight_VH: torch.Tensor) -> PackedLinear:
+        return self._pack_panels(weight_VH, None)
+
+    def _pack_panels(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear:
         assert weight_NK.dtype == self.dtype
         n, k = weight_NK.shape
         panels = -(-n // PANEL)
@@ -112,8 +125,8 @@ class CpuBackend:
             bias[:n] = bias_N
         return PackedLinear(storage, bias, n, k, FLOAT32 if self.dtype == torch.float32 else PAIRED)
 
-    def linear_bytes(self, weight: PackedLinear) -> int:
-        return weight.panels.numel() * weight.panels.element_size()
+    def linear_bytes(self, weight: PackedLinear | OneDnnLinear) -> int:
+        return weight.n * weight.k * self.dtype.itemsize
 
     def pack_vector(self, vector: torch.Tensor) -> torch.Tensor:
         return vector.to(torch.float32, copy=True)
@@ -157,7 +170,8 @@ class CpuBackend:
         if len(self._attention_scratch) < self._scratch_each * self._threads:
             self._attention_scratch = torch.empty(self._scratch_each * self._threads, dtype=torch.uint8)
 
-    def embed(self, tokens_T: torch.Tensor, table_VH: PackedLinear, first_token: int) -> torch.Tensor:
+    def embed(self, tokens_T: torch.Tensor, table_VH: PackedLinear | OneDnnLinear, first_token: int) -> torch.Tensor:
+        assert isinstance(table_VH, PackedLinear)
         t, w = len(tokens_T), table_VH
         out = self._space.take("residual", t, w.k)
         panels = w.panels.data_ptr()
@@ -184,9 +198,12 @@ class CpuBackend:
         self._run("rows", x_TH.data_ptr(), rows_R.data_ptr(), picked.data_ptr(), r, h)
         return picked
 
-    def linear(self, x_TK: torch.Tensor, weight: PackedLinear, out: str) -> torch.Tensor:
+    def linear(self, x_TK: torch.Tensor, weight: PackedLinear | OneDnnLinear, out: str) -> torch.Tensor:
         t, n = len(x_TK), weight.n
         result = self._space.take(out, t, n)
+        if isinstance(weight, OneDnnLinear):
+            weight(x_TK, result)
+            return result
         panels, bias = weight.addresses
         tail = self._space.take("tail", t, PANEL).data_ptr() if n % PANEL else 0
         scratch = self._scratch.data_ptr()
@@ -272,7 +289,7 @@ class CpuBackend:
         self._run("silu", gate_up.data_ptr(), out.data_ptr(), t, n)
         return out
 
-    def logits(self, x_RH: torch.Tensor, head: PackedLinear) -> torch.Tensor:
+    def logits(self, x_RH: torch.Tensor, head: PackedLinear | OneDnnLinear) -> torch.Tensor:
         return self.linear(x_RH, head, "logits")
 
     @property

@@ -30,8 +30,7 @@ LAYOUT = struct.Struct("12q")
 
 _FEW = 36
 _TOKENS = 96
-_DEPTH = 512
-_FEW_DEPTH = 512
+_DEPTH = 512  # of one chain of multiply-adds, the same for any number of tokens, so that results are too
 SCRATCH_BYTES = _TOKENS * _DEPTH * 4
 """Of each thread."""
 
@@ -69,13 +68,12 @@ def linear_kernel(arguments, thread, threads):  # type: ignore[no-untyped-def]
     end = panels * (thread + 1) // threads
     row_bytes = PANEL * (4 if kind == FLOAT32 else 2)
     if tokens <= _FEW:
-        depth = k if tokens <= MAX_ROWS else _FEW_DEPTH
         for p in range(first, end):
             to, to_row = _target(out, tail, 0, n, p)
             if bias != 0:
                 _fill(to, to_row, tokens, bias + p * PANEL * 4)
-            for k0 in range(0, k, depth):
-                span = min(depth, k - k0)
+            for k0 in range(0, k, _DEPTH):
+                span = min(_DEPTH, k - k0)
                 at = w + (p * k + k0) * row_bytes
                 accumulate = 1 if k0 > 0 or bias != 0 else 0
                 r = 0

@@ -188,8 +188,8 @@ def _load_paired(builder: Any, address: Any) -> list[Any]:
 def _tile(rows: int, panels: int, load: Callable[[Any, Any], list[Any]]) -> Any:
     """out[rows, panels * 16] (+)= x[rows, K] @ w[K, panels * 16], accumulators in registers throughout.
 
-    Every output is one chain of multiply-adds in order of k, whatever the tile: a token's result does not depend on
-    how many others are in the batch.
+    Every output is one chain of multiply-adds in order of k, begun at zero and added to `out` at its end, whatever the
+    tile: a token's result does not depend on how many others are in the batch, and long sums err as blocked ones do.
     """
 
     @intrinsic
@@ -214,13 +214,8 @@ def _tile(rows: int, panels: int, load: Callable[[Any, Any], list[Any]]) -> Any:
             cells = [(r, c) for r in range(rows) for c in range(2 * panels)]
             addresses = [builder.add(outs[r], _i64(4 * LANES * c)) for r, c in cells]
             sums = [alloca_once(builder, _vector) for _ in cells]
-            with builder.if_else(builder.icmp_signed("!=", accumulate, _i64(0))) as (then, otherwise):
-                with then:
-                    for slot, address in zip(sums, addresses, strict=True):
-                        builder.store(_load(builder, address, _vector), slot)
-                with otherwise:
-                    for slot in sums:
-                        builder.store(ir.Constant(_vector, [0.0] * LANES), slot)
+            for slot in sums:
+                builder.store(ir.Constant(_vector, [0.0] * LANES), slot)
             x_rows = [builder.mul(x_row, _i64(r)) for r in range(rows)]
             w_panels = [builder.mul(w_panel, _i64(p)) for p in range(panels)]
 
@@ -257,6 +252,9 @@ def _tile(rows: int, panels: int, load: Callable[[Any, Any], list[Any]]) -> Any:
 
             loop(builder.lshr(k, _i64(2)), 4)
             loop(builder.and_(k, _i64(3)), 1)
+            with builder.if_then(builder.icmp_signed("!=", accumulate, _i64(0))):
+                for slot, address in zip(sums, addresses, strict=True):
+                    builder.store(builder.fadd(_load(builder, address, _vector), builder.load(slot)), slot)
             for slot, address in zip(sums, addresses, strict=True):
                 builder.store(builder.load(slot), builder.inttoptr(address, _vector.as_pointer()), align=1)
             return context.get_dummy_value()

@@ -37,8 +37,9 @@ _DONE, _ASLEEP, _SEMAPHORE = 0, 64, 128
 _WORKER_BYTES = 256
 _YIELD_AFTER = 4096
 
-_SPIN_TURNS = 20_000
+SPIN = 100_000
 """Looks at the mailbox before sleeping, some 100 us: longer than Python needs between two kernels of a step."""
+BRIEF_SPIN = 500
 
 
 def _run(box):  # type: ignore[no-untyped-def]
@@ -103,9 +104,12 @@ def jit(signature: str) -> Callable[[Any], Any]:
 
 
 class Pool:
-    """`threads` threads, the caller's among them. `run` calls come from one thread at a time."""
+    """`threads` threads, the caller's among them. `run` calls come from one thread at a time.
 
-    def __init__(self, threads: int) -> None:
+    `spin`: how often a thread looks for work before it sleeps.
+    """
+
+    def __init__(self, threads: int, spin: int = SPIN) -> None:
         self._run, self._work = _compiled()
         size = _WORKERS + (threads - 1) * _WORKER_BYTES + 64
         self._memory = ctypes.create_string_buffer(size)
@@ -116,7 +120,7 @@ class Pool:
         for w in range(threads - 1):
             semaphore = ctypes.c_void_p(self._box + _WORKERS + w * _WORKER_BYTES + _SEMAPHORE)
             assert libc.sem_init(semaphore, 0, 0) == 0
-        struct.pack_into("qqq", self._memory, self._offset + _KERNEL, 0, threads, _SPIN_TURNS)
+        struct.pack_into("qqq", self._memory, self._offset + _KERNEL, 0, threads, spin)
         self._workers = [
             threading.Thread(target=self._live, args=(self._memory, i), name=f"kernel-{i}", daemon=True)
             for i in range(1, threads)
