@@ -179,9 +179,9 @@ class Pod:
         try:
             return self._watch()
         finally:
+            self._control.stop()
             for child in self._children:
                 child.signal(signal.SIGKILL)
-            self._control.stop()
             os.close(self._memory_fd)
 
     @property

@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import signal
+import socket
 import threading
 import time
 from datetime import timedelta
@@ -29,7 +30,6 @@ from arriero_worker.engine.limits import SchedulerSettings
 from arriero_worker.engine.messages import EngineStatus, Model
 from arriero_worker.engine.scheduler import Scheduler
 from arriero_worker.engine.server import EngineServer
-from arriero_worker.group import reduce
 from arriero_worker.group.comm import GroupAborted
 from arriero_worker.group.member import Member, Truth
 from arriero_worker.group.memory import PodMemory
@@ -37,8 +37,6 @@ from arriero_worker.model.loader import CheckpointError
 from arriero_worker.model.shard import ShardError
 from arriero_worker.process import EXIT_UNUSABLE, die_with_parent, set_process_name, set_up_logging
 from arriero_worker.rank_entry import engine_socket
-from arriero_worker.runner.batch import BatchState
-from arriero_worker.runner.sampler import Sampler
 from arriero_worker.session import Session
 from arriero_worker.stage import LoadedStage, load_stage
 
@@ -82,8 +80,10 @@ class Rank:
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
-        if self._pod == 0:
-            os._exit(0)  # the leader's pod drains through its faces before it stops its ranks
+        # The leader's pod drains through its faces before it stops its ranks, and who was never in an epoch is not
+        # missed.
+        if self._pod == 0 or self._truth.phase in ("Starting", "Loading", "Warming"):
+            os._exit(0)
         threading.Thread(target=self._member.leave, args=(self._launch.drain_seconds,), name="leave").start()
 
     def run(self) -> int:
@@ -116,17 +116,20 @@ class Rank:
         stage = load_stage(self._launch, self._rank, progress)
         self._truth.enter("Warming")
         stage.backend.warm()
-        if self._launch.layout.tensor > 1:
-            reduce.warm()
-        if stage.shard.last:
-            Sampler(BatchState(1, 1, 1), stage.shape.vocab_size)  # compiles what sampling needs
         return stage
 
     def _open_store(self) -> None:
         if self._launch.layout.world > 1:
             address = self._launch.pods[0]
+            listener = socket.create_server((self._launch.bind_address, address.store_port))
             self._store = dist.TCPStore(
-                address.host, address.store_port, None, True, _STORE_LIMIT, wait_for_workers=False
+                address.host,
+                address.store_port,
+                None,
+                True,
+                _STORE_LIMIT,
+                wait_for_workers=False,
+                master_listen_fd=listener.detach(),
             )
 
     def _start_engine(self, stage: LoadedStage) -> None:
