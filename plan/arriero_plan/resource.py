@@ -289,8 +289,8 @@ class Engine(_Part):
             )
         if self.max_running > self.max_batch_tokens:
             raise ValueError(
-                f"maxRunning is {self.max_running}, above maxBatchTokens ({self.max_batch_tokens}): each running sequence "
-                "may decode a token in one step"
+                f"maxRunning is {self.max_running}, above maxBatchTokens ({self.max_batch_tokens}): "
+                "each running sequence may decode a token in one step"
             )
         return self
 
