@@ -31,8 +31,10 @@ def extend_keys(keys: list[bytes], tokens: array[int], block_size: int, count: i
     if len(keys) >= count:
         return
     key = keys[-1] if keys else blake2b(salt.encode(), digest_size=_KEY_BYTES, key=_SECRET).digest()
-    for start in range(len(keys) * block_size, count * block_size, block_size):
-        key = blake2b(key + tokens[start : start + block_size].tobytes(), digest_size=_KEY_BYTES).digest()
+    data = tokens[len(keys) * block_size : count * block_size].tobytes()
+    width = block_size * tokens.itemsize
+    for start in range(0, len(data), width):
+        key = blake2b(key + data[start : start + width], digest_size=_KEY_BYTES).digest()
         keys.append(key)
 
 

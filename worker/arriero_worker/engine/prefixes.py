@@ -53,9 +53,11 @@ class Prefixes:
             return
         start, stop = sequence.published, sequence.full_blocks(self._block_size)
         if stop > start:
-            extend_keys(sequence.keys, sequence.tokens, self._block_size, stop, sequence.salt)
+            if stop > len(sequence.keys):
+                extend_keys(sequence.keys, sequence.tokens, self._block_size, stop, sequence.salt)
             self._pool.publish(sequence.keys, sequence.blocks, start, stop)
-            self._forget(sequence, start, stop)
+            if self._promised:
+                self._forget(sequence, start, stop)
             sequence.published = stop
 
     def abandon(self, sequence: Sequence) -> None:
@@ -63,7 +65,6 @@ class Prefixes:
         self._forget(sequence, sequence.published, len(sequence.keys))
 
     def _forget(self, sequence: Sequence, start: int, stop: int) -> None:
-        if self._promised:
-            for key in sequence.keys[start:stop]:
-                if self._promised.get(key) is sequence:
-                    del self._promised[key]
+        for key in sequence.keys[start:stop]:
+            if self._promised.get(key) is sequence:
+                del self._promised[key]
