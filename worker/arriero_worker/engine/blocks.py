@@ -23,6 +23,11 @@ _SECRET = secrets.token_bytes(32)
 _KEY_BYTES = 16
 
 
+def next_key(key: bytes, data: bytes) -> bytes:
+    """The key of the block behind that of `key`; `data` are its tokens' bytes."""
+    return blake2b(key + data, digest_size=_KEY_BYTES).digest()
+
+
 def extend_keys(keys: list[bytes], tokens: array[int], block_size: int, count: int, salt: str) -> None:
     """Bring `keys`, the chain of keys of the full blocks of `tokens`, to `count` blocks.
 
@@ -34,7 +39,7 @@ def extend_keys(keys: list[bytes], tokens: array[int], block_size: int, count: i
     data = tokens[len(keys) * block_size : count * block_size].tobytes()
     width = block_size * tokens.itemsize
     for start in range(0, len(data), width):
-        key = blake2b(key + data[start : start + width], digest_size=_KEY_BYTES).digest()
+        key = next_key(key, data[start : start + width])
         keys.append(key)
 
 
@@ -106,10 +111,13 @@ class BlockPool:
     def publish(self, keys: Sequence[bytes], blocks: Sequence[int], start: int, stop: int) -> None:
         """Put blocks [start, stop) of a sequence into the cache; a key that is there already keeps its block."""
         for index in range(start, stop):
-            key = keys[index]
-            if key not in self._cached:
-                self._cached[key] = blocks[index]
-                self._key[blocks[index]] = key
+            self.put(keys[index], blocks[index])
+
+    def put(self, key: bytes, block: int) -> None:
+        """Put one held block into the cache; a key that is there already keeps its block."""
+        if key not in self._cached:
+            self._cached[key] = block
+            self._key[block] = key
 
     def release(self, blocks: Sequence[int]) -> None:
         """Give back what one sequence held, its last block first: a prefix outlives what continues it."""

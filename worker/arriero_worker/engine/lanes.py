@@ -62,17 +62,25 @@ class Lane:
         """The rows that need their next block at this tick, and those that are served for the last time at it."""
         growing: list[Sequence] = []
         last: list[Sequence] = []
-        for sequence in self._due.pop(self.tick, ()):
-            if sequence.lane is not self or sequence.due != self.tick:
+        later: list[Sequence] = []
+        tick, size = self.tick, self._block_size
+        for sequence in self._due.pop(tick, ()):
+            if sequence.lane is not self or sequence.due != tick:
                 continue  # an entry of an earlier stay
-            position = sequence.origin + self.tick
-            if position % self._block_size == 0:
+            position = sequence.origin + tick
+            if position % size == 0:
                 growing.append(sequence)
-            if position == sequence.limit - 2:
+            left = sequence.limit - 2 - position
+            if left >= size and position % size == 0:
+                sequence.due = tick + size
+                later.append(sequence)
+            elif left:
+                self._arm(sequence, position, size - position % size)
+            else:
                 sequence.due = -1
                 last.append(sequence)
-            else:
-                self._arm(sequence, position, self._block_size - position % self._block_size)
+        if later:
+            self._due.setdefault(tick + size, []).extend(later)
         return growing, last
 
     def _arm(self, sequence: Sequence, position: int, ticks_to_block: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from arriero_worker.engine.blocks import BlockPool, extend_keys
+from arriero_worker.engine.blocks import BlockPool, extend_keys, next_key
 from arriero_worker.engine.sequence import Sequence
 
 
@@ -59,6 +59,27 @@ class Prefixes:
             if self._promised:
                 self._forget(sequence, start, stop)
             sequence.published = stop
+
+    def publish_grown(self, grown: list[tuple[Sequence, int]]) -> None:
+        """`publish` for those of (sequence, run) that still run: in a decode step, one new full block each.
+
+        One in `block_size` of all sequences passes here at every step, hence the short way for the usual case.
+        """
+        if not self._enabled:
+            return
+        size, put = self._block_size, self._pool.put
+        for sequence, run in grown:
+            if sequence.run != run:
+                continue
+            index, keys, tokens = sequence.published, sequence.keys, sequence.tokens
+            start = index * size
+            if index and len(keys) == index and start + size < len(tokens) <= start + 2 * size:
+                key = next_key(keys[-1], tokens[start : start + size].tobytes())
+                keys.append(key)
+                put(key, sequence.blocks[index])
+                sequence.published = index + 1
+            else:
+                self.publish(sequence)
 
     def abandon(self, sequence: Sequence) -> None:
         """It leaves its slot: what it has not published it will not."""

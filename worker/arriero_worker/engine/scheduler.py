@@ -206,9 +206,7 @@ class Scheduler:
             outputs.tokens = issued.drop_dead(result.tokens)
         deque(map(_append, issued.tokens, outputs.tokens), maxlen=0)
         self._stats.generated_tokens += len(outputs.tokens)
-        for sequence, run in issued.growing:
-            if sequence.run == run:
-                self._prefixes.publish(sequence)
+        self._prefixes.publish_grown(issued.growing)
         if not self._stops.keys().isdisjoint(outputs.tokens):
             for row, token in enumerate(outputs.tokens):
                 if token in self._stops and token in issued.sequences[row].stops:
