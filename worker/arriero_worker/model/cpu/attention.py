@@ -15,23 +15,13 @@ import numba
 import numpy as np
 
 from arriero_worker.model.cpu.elementwise import exp_float32
-from arriero_worker.model.cpu.native import (
-    FLOAT32,
-    MAX_ROWS,
-    PANEL,
-    f32_at,
-    f64_at,
-    fetch_add,
-    i32_at,
-    i64_at,
-    tiles_bfloat16,
-    tiles_float32,
-    u16_at,
-)
+from arriero_worker.model.cpu.native import call_tile, f32_at, f64_at, fetch_add, i32_at, i64_at, u16_at
+from arriero_worker.model.cpu.tiles import FLOAT32, MAX_ROWS, PANEL
 
-LAYOUT = struct.Struct("d22q")
+LAYOUT = struct.Struct("d24q")
 """scale, then qkv, out, keys, values, positions, query starts, context lengths, block tables, table width, work, items,
-counter, heads, kv heads, D, block size, key width, value width, window (0: none), kind, scratch, bytes of scratch."""
+counter, heads, kv heads, D, block size, key width, value width, window (0: none), kind, scratch, bytes of scratch,
+tables of tiles for keys and for float32."""
 
 _ROWS = 48
 _SPAN = 64
@@ -95,6 +85,7 @@ def _item(a, sequence, first, kv_head, scratch, scale):  # type: ignore[no-untyp
     heads, kv_heads, d, block_size, key_width, value_width, window, kind = (
         a[13], a[14], a[15], a[16], a[17], a[18], a[19], a[20]
     )  # fmt: skip
+    key_tiles, float32_tiles = a[23], a[24]
     group = heads // kv_heads
     queries = min(starts[sequence + 1] - first, max(1, _ROWS // group))
     rows = queries * group
@@ -116,71 +107,68 @@ def _item(a, sequence, first, kv_head, scratch, scale):  # type: ignore[no-untyp
         source = f32_at(qkv + (first + r // group) * row_bytes + (kv_head * group + r % group) * d * 4)
         _scaled_copy(f32_at(x_at + r * d * 4), source, scale, d)
     element = 4 if kind == FLOAT32 else 2
-    last = positions[first + queries - 1]
-    end = min(last + 1, np.int64(lengths[sequence]))
+    key_bytes, value_bytes = d * key_width * element, block_size * value_width * element
+    end = min(positions[first + queries - 1] + 1, np.int64(lengths[sequence]))
     begin = max(0, positions[first] - window + 1) if window > 0 else 0
     for span in range(begin // block_size // blocks, (end - 1) // block_size // blocks + 1):
-        present = min(blocks, (end - 1) // block_size + 1 - span * blocks)
-        for j in range(present):
+        first_key = span * blocks * block_size
+        seen = min(end - first_key, blocks * block_size)
+        for j in range((seen + block_size - 1) // block_size):
             block = np.int64(table[span * blocks + j])
-            at = keys + (block * kv_heads + kv_head) * d * key_width * element
-            for c in range(0, key_width, PANEL):
-                r = 0
-                while r < rows:
-                    m = _next_rows(rows - r)
-                    to = s_at + (r * width + j * key_width + c) * 4
-                    if kind == FLOAT32:
-                        tiles_float32(m, x_at + r * d * 4, d * 4, 4, at + c * 4, key_width * 4, to, width * 4, d, 0)
-                    else:
-                        tiles_bfloat16(m, x_at + r * d * 4, d * 4, 4, at + c * 2, key_width * 2, to, width * 4, d, 0)
-                    r += m
+            at = keys + (block * kv_heads + kv_head) * key_bytes
+            _scores(key_tiles, x_at, rows, d, at, key_width, element, s_at + j * key_width * 4, width)
+            at = values + (block * kv_heads + kv_head) * value_bytes
+            count = min(block_size, seen - j * block_size) * value_width
+            _gather(v_at + j * block_size * value_width * 4, at, count, kind)
         for r in range(rows):
-            position = positions[first + r // group]
+            position = positions[first + r // group] - first_key
             s = f32_at(s_at + r * width * 4)
             for j in range(blocks):
-                start = (span * blocks + j) * block_size
-                stop = min(position + 1 - start, block_size)
-                if j >= present:
-                    stop = 0
-                lowest = position - window + 1 - start if window > 0 else 0
-                _mask(s, j * key_width, key_width, lowest, stop)
+                visible = min(position + 1, seen) - j * block_size
+                hidden = position - window + 1 - j * block_size if window > 0 else 0
+                _mask(s, j * key_width, key_width, hidden, min(visible, block_size))
             _softmax(s, width, best, total, r, f32_at(o_at + r * value_width * 4), value_width)
-        # A span's values, in float32 and one behind the other: sums over a whole span keep their registers four times
-        # as long as sums over a block, and all rows share the conversion.
-        seen = end - span * blocks * block_size
-        if seen > blocks * block_size:
-            seen = blocks * block_size
-        for j in range(present):
-            block = np.int64(table[span * blocks + j])
-            at = values + (block * kv_heads + kv_head) * block_size * value_width * element
-            count = min(block_size, seen - j * block_size) * value_width
-            to = f32_at(v_at + j * block_size * value_width * 4)
-            if kind == FLOAT32:
-                _copy(to, f32_at(at), count)
-            else:
-                _widen(i32_at(v_at + j * block_size * value_width * 4), u16_at(at), count)
-            if key_width != block_size:
-                _close_gaps(f32_at(s_at), rows, width, j, key_width, block_size)
-        r = 0
-        while r < rows:
-            m = _next_rows(rows - r)
-            for c in range(0, value_width, PANEL):
-                tiles_float32(
-                    m,
-                    s_at + r * width * 4,
-                    width * 4,
-                    4,
-                    v_at + c * 4,
-                    value_width * 4,
-                    o_at + (r * value_width + c) * 4,
-                    value_width * 4,
-                    seen,
-                    1,
-                )
-            r += m
+        if key_width != block_size:
+            _close_gaps(f32_at(s_at), rows, width, blocks, key_width, block_size)
+        _add_values(float32_tiles, s_at, rows, width, v_at, value_width, o_at, seen)
     for r in range(rows):
         target = f32_at(out + ((first + r // group) * heads + kv_head * group + r % group) * d * 4)
         _scaled_copy(target, f32_at(o_at + r * value_width * 4), np.float32(1.0) / total[r], d)
+
+
+@numba.njit
+def _scores(tiles, x, rows, d, keys, key_width, element, scores, width):  # type: ignore[no-untyped-def]
+    """All rows against one block's keys."""
+    for c in range(0, key_width, PANEL):
+        r = 0
+        while r < rows:
+            m = _next_rows(rows - r)
+            to = scores + (r * width + c) * 4
+            call_tile(tiles, m, x + r * d * 4, d * 4, 4, keys + c * element, key_width * element, to, width * 4, d, 0)
+            r += m
+
+
+@numba.njit
+def _gather(target, source, count, kind):  # type: ignore[no-untyped-def]
+    """A block's values behind the others of the span, in float32: sums over a whole span keep their registers four
+    times as long as sums over a block, and all rows share the conversion.
+    """
+    if kind == FLOAT32:
+        _copy(f32_at(target), f32_at(source), count)
+    else:
+        _widen(i32_at(target), u16_at(source), count)
+
+
+@numba.njit
+def _add_values(tiles, weights, rows, width, values, value_width, sums, count):  # type: ignore[no-untyped-def]
+    r = 0
+    while r < rows:
+        m = _next_rows(rows - r)
+        for c in range(0, value_width, PANEL):
+            to = sums + (r * value_width + c) * 4
+            w_k = value_width * 4
+            call_tile(tiles, m, weights + r * width * 4, width * 4, 4, values + c * 4, w_k, to, w_k, count, 1)
+        r += m
 
 
 @numba.njit(inline="always")
@@ -204,11 +192,12 @@ def _widen(target, source, n):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _close_gaps(s, rows, width, j, key_width, block_size):  # type: ignore[no-untyped-def]
-    """Where blocks are padded to a panel: move block j's weights next to those of the block before."""
+def _close_gaps(s, rows, width, blocks, key_width, block_size):  # type: ignore[no-untyped-def]
+    """Where blocks are padded to a panel: move each block's weights next to those of the block before."""
     for r in range(rows):
-        for i in range(block_size):
-            s[r * width + j * block_size + i] = s[r * width + j * key_width + i]
+        for j in range(1, blocks):
+            for i in range(block_size):
+                s[r * width + j * block_size + i] = s[r * width + j * key_width + i]
 
 
 @numba.njit
@@ -218,11 +207,11 @@ def _scaled_copy(target, source, scale, n):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _mask(s, base, width, lowest, stop):  # type: ignore[no-untyped-def]
-    """Keep scores [lowest, stop) of a block."""
-    for i in range(max(0, min(lowest, width))):
+def _mask(s, base, width, hidden, visible):  # type: ignore[no-untyped-def]
+    """Keep scores [hidden, visible) of a block."""
+    for i in range(max(0, min(hidden, width))):
         s[base + i] = _MINUS_INFINITY
-    for i in range(max(0, stop), width):
+    for i in range(max(0, visible), width):
         s[base + i] = _MINUS_INFINITY
 
 

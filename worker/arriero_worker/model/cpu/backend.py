@@ -15,10 +15,10 @@ from arriero_worker.model.backend import AttentionShape, KvCache
 from arriero_worker.model.cpu import attention as attention_
 from arriero_worker.model.cpu import elementwise, linear
 from arriero_worker.model.cpu.memory import Workspace, huge_empty
-from arriero_worker.model.cpu.native import BFLOAT16, FLOAT32, PAIRED, PANEL
 from arriero_worker.model.cpu.onednn import OneDnnLinear
 from arriero_worker.model.cpu.onednn import usable as matrix_units
 from arriero_worker.model.cpu.pool import BRIEF_SPIN, SPIN, Pool
+from arriero_worker.model.cpu.tiles import BFLOAT16, FLOAT32, PAIRED, PANEL, tile_tables
 from arriero_worker.model.forward import ForwardBatch
 
 _Kernel = tuple[int, struct.Struct]
@@ -81,6 +81,9 @@ class CpuBackend:
         # torch's own threads do the linears then, on the same cores: ours must not spin in their way.
         self._pool = Pool(threads, BRIEF_SPIN if self._one_dnn else SPIN)
         self._threads = threads
+        self._float32_tiles, bfloat16_tiles, paired_tiles = tile_tables()
+        self._weight_tiles = self._float32_tiles if dtype == torch.float32 else paired_tiles
+        self._key_tiles = self._float32_tiles if dtype == torch.float32 else bfloat16_tiles
         self._space = Workspace()
         self._scratch = torch.empty(threads * linear.SCRATCH_BYTES, dtype=torch.uint8)
         self._attention_scratch = torch.empty(0, dtype=torch.uint8)
@@ -216,11 +219,10 @@ class CpuBackend:
             t,
             n,
             weight.k,
-            weight.kind,
+            self.dtype.itemsize,
+            self._weight_tiles,
             scratch,
             tail,
-            0,
-            0,
         )
         return result
 
@@ -280,6 +282,8 @@ class CpuBackend:
             self._kv_kind,
             self._attention_scratch.data_ptr(),
             self._scratch_each,
+            self._key_tiles,
+            self._float32_tiles,
         )
         return out
 

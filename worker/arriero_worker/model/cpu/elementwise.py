@@ -9,7 +9,6 @@ import numba
 import numpy as np
 
 from arriero_worker.model.cpu.native import (
-    FLOAT32,
     bits_of_float,
     f32_at,
     f64_at,
@@ -17,6 +16,7 @@ from arriero_worker.model.cpu.native import (
     power_of_two,
     u16_at,
 )
+from arriero_worker.model.cpu.tiles import FLOAT32
 
 _LOG2E = np.float32(1.44269504088896341)
 _LN2_HIGH = np.float32(0.693359375)

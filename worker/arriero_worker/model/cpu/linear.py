@@ -13,20 +13,11 @@ import struct
 import numba
 import torch
 
-from arriero_worker.model.cpu.native import (
-    FLOAT32,
-    MAX_ROWS,
-    PAIRED,
-    PANEL,
-    f32_at,
-    i32_at,
-    i64_at,
-    tiles_float32,
-    tiles_paired,
-)
+from arriero_worker.model.cpu.native import call_tile, f32_at, i32_at, i64_at
+from arriero_worker.model.cpu.tiles import FLOAT32, MAX_ROWS, PANEL
 
-LAYOUT = struct.Struct("12q")
-"""x, w, bias (0: none), out, T, N, K, kind, scratch, tail, and two spare."""
+LAYOUT = struct.Struct("11q")
+"""x, w, bias (0: none), out, T, N, K, bytes of a weight, table of tiles, scratch, tail (where N needs one)."""
 
 _FEW = 36
 _TOKENS = 96
@@ -61,12 +52,11 @@ def pack_panels(weight_NK: torch.Tensor, storage: torch.Tensor) -> None:
 
 def linear_kernel(arguments, thread, threads):  # type: ignore[no-untyped-def]
     a = i64_at(arguments)
-    x, w, bias, out, tokens, n, k, kind, scratch, tail = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]
-    scratch += thread * SCRATCH_BYTES
+    x, w, bias, out, tokens, n, k = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
+    w_k, tiles, scratch, tail = PANEL * a[7], a[8], a[9] + thread * SCRATCH_BYTES, a[10]
     panels = (n + PANEL - 1) // PANEL
     first = panels * thread // threads
     end = panels * (thread + 1) // threads
-    row_bytes = PANEL * (4 if kind == FLOAT32 else 2)
     if tokens <= _FEW:
         for p in range(first, end):
             to, to_row = _target(out, tail, 0, n, p)
@@ -74,13 +64,14 @@ def linear_kernel(arguments, thread, threads):  # type: ignore[no-untyped-def]
                 _fill(to, to_row, tokens, bias + p * PANEL * 4)
             for k0 in range(0, k, _DEPTH):
                 span = min(_DEPTH, k - k0)
-                at = w + (p * k + k0) * row_bytes
+                at = w + (p * k + k0) * w_k
                 accumulate = 1 if k0 > 0 or bias != 0 else 0
                 r = 0
                 while r < tokens:
                     groups = (tokens - r + MAX_ROWS - 1) // MAX_ROWS
                     rows = (tokens - r + groups - 1) // groups
-                    _tile(kind, rows, x + (r * k + k0) * 4, k * 4, 4, at, to + r * to_row, to_row, span, accumulate)
+                    from_x = x + (r * k + k0) * 4
+                    call_tile(tiles, rows, from_x, k * 4, 4, at, w_k, to + r * to_row, to_row, span, accumulate)
                     r += rows
     else:
         for t0 in range(0, tokens, _TOKENS):
@@ -92,25 +83,17 @@ def linear_kernel(arguments, thread, threads):  # type: ignore[no-untyped-def]
                     to, to_row = _target(out, tail, t0, n, p)
                     if bias != 0 and k0 == 0:
                         _fill(to, to_row, count, bias + p * PANEL * 4)
-                    at = w + (p * k + k0) * row_bytes
+                    at = w + (p * k + k0) * w_k
                     accumulate = 1 if k0 > 0 or bias != 0 else 0
                     for r in range(0, count, MAX_ROWS):
                         rows = min(MAX_ROWS, count - r)
                         from_x = scratch + r * span * 4
-                        _tile(kind, rows, from_x, 4, rows * 4, at, to + r * to_row, to_row, span, accumulate)
+                        call_tile(tiles, rows, from_x, 4, rows * 4, at, w_k, to + r * to_row, to_row, span, accumulate)
     if n % PANEL != 0 and end == panels and end > first:
         source, target, start = f32_at(tail), f32_at(out), (panels - 1) * PANEL
         for t in range(tokens):
             for c in range(n - start):
                 target[t * n + start + c] = source[t * PANEL + c]
-
-
-@numba.njit(inline="always")
-def _tile(kind, rows, x, x_row, x_k, w, out, out_row, k, accumulate):  # type: ignore[no-untyped-def]
-    if kind == PAIRED:
-        tiles_paired(rows, x, x_row, x_k, w, PANEL * 2, out, out_row, k, accumulate)
-    else:
-        tiles_float32(rows, x, x_row, x_k, w, PANEL * 4, out, out_row, k, accumulate)
 
 
 @numba.njit(inline="always")
