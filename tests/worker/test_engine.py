@@ -7,7 +7,7 @@ import socket
 import threading
 import zlib
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -86,8 +86,10 @@ class Faces:
     def send(self, message: ToEngine) -> None:
         self._socket.sendall(encode_frame(message))
 
-    def submit(self, id_: int, prompt: list[int], max_tokens: int) -> None:
-        self.send(Submit([EngineRequest(id=id_, prompt=prompt, sampling=SamplingParams(max_tokens=max_tokens))]))
+    def submit(self, ids: Iterable[int], prompt: Callable[[int], list[int]], max_tokens: int) -> None:
+        """In one message, so that the engine sees them together."""
+        sampling = SamplingParams(max_tokens=max_tokens)
+        self.send(Submit([EngineRequest(id=id_, prompt=prompt(id_), sampling=sampling) for id_ in ids]))
 
     def hear(self) -> FromEngine:
         while not self._messages:
@@ -144,8 +146,7 @@ def attach(engine: Engine, epoch: int, hold: threading.Semaphore | None = None) 
 
 def test_requests_wait_for_the_first_epoch_and_are_answered(engine: Engine, faces: Faces) -> None:
     faces.until(is_status(phase="Joining"))
-    for id_ in range(6):
-        faces.submit(id_, [id_ + 1, 2, 3], 20)
+    faces.submit(range(6), lambda id_: [id_ + 1, 2, 3], 20)
     faces.until(is_status(waiting=6))
     attach(engine, 1)
     faces.until(lambda m: len(faces.ended) == 6)
@@ -156,8 +157,7 @@ def test_requests_wait_for_the_first_epoch_and_are_answered(engine: Engine, face
 def test_running_requests_go_on_in_the_next_epoch_where_they_were(engine: Engine, faces: Faces) -> None:
     hold = threading.Semaphore(0)
     attach(engine, 1, hold)
-    for id_ in range(3):
-        faces.submit(id_, [7, id_], 30)
+    faces.submit(range(3), lambda id_: [7, id_], 30)
     for _ in range(5):
         hold.release()
     faces.until(lambda m: sum(map(len, faces.tokens.values())) >= 6)
@@ -173,10 +173,10 @@ def test_running_requests_go_on_in_the_next_epoch_where_they_were(engine: Engine
 def test_a_draining_engine_finishes_what_it_has_and_refuses_the_rest(engine: Engine, faces: Faces) -> None:
     hold = threading.Semaphore(0)
     attach(engine, 1, hold)
-    faces.submit(1, [5], 3)
+    faces.submit([1], lambda id_: [5], 3)
     faces.until(is_status(running=1))
     faces.send(Drain())
-    faces.submit(2, [5], 3)
+    faces.submit([2], lambda id_: [5], 3)
     faces.until(lambda m: 2 in faces.refused)
     assert faces.refused == {2: "draining"}
     for _ in range(4):
@@ -190,7 +190,7 @@ def test_a_draining_engine_finishes_what_it_has_and_refuses_the_rest(engine: Eng
 def test_an_aborted_request_ends_and_frees_its_blocks(engine: Engine, faces: Faces) -> None:
     hold = threading.Semaphore(0)
     attach(engine, 1, hold)
-    faces.submit(1, [5] * 10, 100)
+    faces.submit([1], lambda id_: [5] * 10, 100)
     faces.until(is_status(running=1))
     faces.send(Abort([1]))
     hold.release()
@@ -202,8 +202,7 @@ def test_an_aborted_request_ends_and_frees_its_blocks(engine: Engine, faces: Fac
 def test_requests_of_faces_that_went_away_are_aborted(engine: Engine, faces: Faces, tmp_path: Path) -> None:
     hold = threading.Semaphore(0)
     attach(engine, 1, hold)
-    for id_ in range(8):
-        faces.submit(id_, [5], 100)
+    faces.submit(range(8), lambda id_: [5], 100)
     faces.until(is_status(running=4, waiting=4))
     faces.close()
     successor = Faces(str(tmp_path / "engine.sock"))
@@ -215,7 +214,6 @@ def test_requests_of_faces_that_went_away_are_aborted(engine: Engine, faces: Fac
 
 
 def test_a_full_queue_is_refused_with_a_reason(engine: Engine, faces: Faces) -> None:
-    for id_ in range(9):
-        faces.submit(id_, [5], 2)
+    faces.submit(range(9), lambda id_: [5], 2)
     faces.until(lambda m: bool(faces.refused))
     assert faces.refused == {8: "queue_full"}
