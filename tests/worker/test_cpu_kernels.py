@@ -15,7 +15,6 @@ from tests.worker.stages import Blocks, make_batch
 from arriero_worker.model.backend import AttentionShape
 from arriero_worker.model.cpu import memory, onednn
 from arriero_worker.model.cpu.backend import CpuBackend
-from arriero_worker.model.cpu.linear import pack_panels
 from arriero_worker.model.cpu.native import exchange, fetch_add, i64_at
 from arriero_worker.model.cpu.pool import BRIEF_SPIN, SPIN, Pool
 from arriero_worker.model.forward import ForwardBatch
@@ -86,13 +85,17 @@ def test_a_tokens_result_does_not_depend_on_its_neighbours(backend: CpuBackend) 
 
 
 @pytest.mark.parametrize("n", [16, 33, 5])
-def test_panels_hold_column_after_column(n: int) -> None:
-    weight = torch.arange(n * 3, dtype=torch.float32).view(n, 3)
-    panels = torch.full((-(-n // 16), 3, 16), -1.0)
-    pack_panels(weight, panels)
-    for column in range(panels.shape[0] * 16):
-        stored = panels[column // 16, :, column % 16]
-        assert torch.equal(stored, weight[column] if column < n else torch.zeros(3))
+@pytest.mark.parametrize("k", [3, 64, 130])
+def test_panels_hold_column_after_column(backend: CpuBackend, n: int, k: int) -> None:
+    wide = randn(n, k + 9).to(backend.dtype)
+    for weight in (wide[:, 4 : 4 + k], wide[:, :k].contiguous(), randn(k, n).to(backend.dtype).T):
+        packed = backend.pack_table(weight)
+        for column in range(packed.panels.shape[0] * 16):
+            place = column % 16
+            if backend.dtype == torch.bfloat16:
+                place = 2 * (place % 8) + place // 8
+            stored = packed.panels[column // 16, :, place]
+            assert torch.equal(stored, weight[column] if column < n else torch.zeros(k, dtype=backend.dtype))
 
 
 @pytest.mark.parametrize(("first", "rows"), [(0, 40), (13, 27)])

@@ -23,6 +23,7 @@ from arriero_worker.model.forward import ForwardBatch
 
 _Kernel = tuple[int, struct.Struct]
 _KERNELS: dict[str, tuple[Callable[..., Any], struct.Struct]] = {
+    "pack": (linear.pack_kernel, linear.PACK_LAYOUT),
     "linear": (linear.linear_kernel, linear.LAYOUT),
     "embed": (linear.embed_kernel, linear.EMBED_LAYOUT),
     "norm": (elementwise.add_rms_norm_kernel, elementwise.NORM_LAYOUT),
@@ -116,12 +117,12 @@ class CpuBackend:
     def _pack_panels(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear:
         assert weight_NK.dtype == self.dtype
         n, k = weight_NK.shape
+        if weight_NK.stride(1) != 1:
+            weight_NK = weight_NK.contiguous()
         panels = -(-n // PANEL)
-        if self.dtype == torch.float32:
-            storage = huge_empty((panels, k, PANEL), torch.float32)
-        else:
-            storage = huge_empty((panels, k, PANEL // 2, 2), torch.bfloat16)
-        linear.pack_panels(weight_NK, storage)
+        storage = huge_empty((panels, k, PANEL), self.dtype)
+        stride = weight_NK.stride(0)
+        self._run("pack", weight_NK.data_ptr(), stride, storage.data_ptr(), n, k, self.dtype.itemsize)
         bias = None
         if bias_N is not None:
             bias = torch.zeros(panels * PANEL)

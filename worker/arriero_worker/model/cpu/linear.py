@@ -11,9 +11,8 @@ from __future__ import annotations
 import struct
 
 import numba
-import torch
 
-from arriero_worker.model.cpu.native import call_tile, f32_at, i32_at, i64_at
+from arriero_worker.model.cpu.native import call_tile, f32_at, i32_at, i64_at, u16_at
 from arriero_worker.model.cpu.tiles import FLOAT32, MAX_ROWS, PANEL
 
 LAYOUT = struct.Struct("11q")
@@ -31,23 +30,35 @@ def tail_bytes(tokens: int) -> int:
     return tokens * PANEL * 4
 
 
-def pack_panels(weight_NK: torch.Tensor, storage: torch.Tensor) -> None:
-    """Write a weight into panels; columns that fill up the last panel are zeros.
+PACK_LAYOUT = struct.Struct("6q")
+"""weight, its elements from row to row, panels, N, K, bytes of a weight."""
 
-    weight_NK: float32 or bfloat16. storage: [ceil(N / 16), K, 16] float32, or [ceil(N / 16), K, 8, 2] bfloat16.
+_PACK_DEPTH = 64
+
+
+def pack_kernel(arguments, thread, threads):  # type: ignore[no-untyped-def]
+    """Write a weight [N, K] into panels: [ceil(N / 16), K, 16] float32 in order, or bfloat16 as `tiles.PAIRED`. Columns
+    that fill up the last panel are zeros.
     """
-    n, k = weight_NK.shape
-    whole = n // PANEL
-    parts = [(storage[:whole], weight_NK[: whole * PANEL])]
-    if n % PANEL:
-        last = weight_NK.new_zeros((PANEL, k))
-        last[: n % PANEL] = weight_NK[whole * PANEL :]
-        parts.append((storage[whole:], last))
-    for target, source in parts:
-        if weight_NK.dtype == torch.float32:
-            target.copy_(source.view(-1, PANEL, k).transpose(1, 2))
-        else:
-            target.copy_(source.view(-1, 2, PANEL // 2, k).permute(0, 3, 2, 1))
+    a = i64_at(arguments)
+    weight, stride, panels, n, k, element = a[0], a[1], a[2], a[3], a[4], a[5]
+    count = (n + PANEL - 1) // PANEL
+    for p in range(count * thread // threads, count * (thread + 1) // threads):
+        at = panels + p * k * PANEL * element
+        for k0 in range(0, k, _PACK_DEPTH):
+            span = min(_PACK_DEPTH, k - k0)
+            for c in range(PANEL):
+                row = p * PANEL + c
+                if element == 4:
+                    source, target = i32_at(weight + (row * stride + k0) * 4), i32_at(at + (k0 * PANEL + c) * 4)
+                    for i in range(span):
+                        target[i * PANEL] = source[i] if row < n else 0
+                else:
+                    half = u16_at(weight + (row * stride + k0) * 2)
+                    place = 2 * (c % (PANEL // 2)) + c // (PANEL // 2)
+                    pair = u16_at(at + (k0 * PANEL + place) * 2)
+                    for i in range(span):
+                        pair[i * PANEL] = half[i] if row < n else 0
 
 
 def linear_kernel(arguments, thread, threads):  # type: ignore[no-untyped-def]
