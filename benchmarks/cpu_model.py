@@ -1,11 +1,11 @@
-"""Decode and prefill speed of one rank's stage on the cpu backend: the model alone, without scheduler, sampler or server.
+"""Decode and prefill speed of one rank's stage on the cpu backend: no scheduler, sampler or server.
 
     python benchmarks/cpu_model.py                       # 1.1 B parameters, bfloat16, all cores
     python benchmarks/cpu_model.py --shape tiny          # what Python and the kernels' calls cost
     python benchmarks/cpu_model.py --batches 1 8 --seconds 10 --json
 
-Weights are random. Each line is the fastest step of `--seconds` of steps, and the median. Read bandwidth is measured in the
-same run, from huge pages by the same threads; a decode step's fraction of it counts every weight read once.
+Weights are random. Each line is the fastest step of `--seconds` of steps, and the median. Read bandwidth is measured in
+the same run, from huge pages by the same threads; a decode step's fraction of it counts every weight read once.
 """
 
 from __future__ import annotations

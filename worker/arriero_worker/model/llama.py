@@ -70,6 +70,7 @@ class LlamaStage:
         whole on every tensor rank. The result is overwritten by the next call.
         """
         backend, weights = self.backend, self.weights
+        assert hidden_TH is None or (hidden_TH.dtype == backend.hidden_dtype and hidden_TH.is_contiguous())
         backend.begin(batch, self.attention, kv.block_size)
         residual_TH = self._embed(batch) if hidden_TH is None else hidden_TH
         delta_TH: torch.Tensor | None = None

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numba
 import torch
 
 from arriero_worker.model.backend import AttentionShape, KvCache
 from arriero_worker.model.cpu import attention as attention_
 from arriero_worker.model.cpu import elementwise, linear
+from arriero_worker.model.cpu.compiled import compile_kernel
 from arriero_worker.model.cpu.memory import Workspace, huge_empty
 from arriero_worker.model.cpu.onednn import OneDnnLinear
 from arriero_worker.model.cpu.onednn import usable as matrix_units
@@ -55,18 +55,7 @@ class PackedLinear:
 def _kernel(name: str) -> _Kernel:
     """Compile a kernel, or load it from numba's cache on disk. Once per process."""
     function, layout = _KERNELS[name]
-    options: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
-    try:
-        compiled = numba.cfunc("void(int64, int64, int64)", cache=True, **options)(function)
-    except RuntimeError:  # "cannot cache function ...: no locator available": nowhere to write
-        compiled = numba.cfunc("void(int64, int64, int64)", **options)(function)
-    address = compiled.address
-    assert address is not None
-    _keep.append(compiled)
-    return address, layout
-
-
-_keep: list[Any] = []  # compiled code lives as long as its owner
+    return compile_kernel(function), layout
 
 
 class CpuBackend:
@@ -147,6 +136,11 @@ class CpuBackend:
     # -- a forward pass
 
     def begin(self, batch: ForwardBatch, attention: AttentionShape, block_size: int) -> None:
+        # Kernels see addresses: another type or stride would be read as garbage.
+        for tensor in (batch.tokens_T, batch.positions_T, batch.slots_T, batch.logits_rows_R):
+            assert tensor.dtype == torch.int64 and tensor.is_contiguous()  # noqa: PT018
+        for tensor in (batch.query_starts_B1, batch.context_lengths_B, batch.block_tables_BP):
+            assert tensor.dtype == torch.int32 and tensor.stride(-1) == 1  # noqa: PT018
         tokens, sequences = len(batch.positions_T), len(batch.context_lengths_B)
         half = attention.head_dim // 2
         self._attention, self._block_size = attention, block_size

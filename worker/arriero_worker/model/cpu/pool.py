@@ -15,8 +15,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numba
-
+from arriero_worker.model.cpu.compiled import compile_function
 from arriero_worker.model.cpu.native import (
     call_kernel,
     exchange,
@@ -88,19 +87,7 @@ def _work(box, thread, sequence):  # type: ignore[no-untyped-def]
 
 @cache
 def _compiled() -> tuple[Callable[[int], None], Callable[[int, int, int], None]]:
-    return jit("void(int64)")(_run), jit("void(int64, int64, int64)")(_work)
-
-
-def jit(signature: str) -> Callable[[Any], Any]:
-    """numba.njit, compiled at once and kept on disk, or only in memory where no directory can be written."""
-
-    def decorate(function: Any) -> Any:
-        try:
-            return numba.njit(signature, nogil=True, cache=True)(function)
-        except RuntimeError:  # "cannot cache function ...: no locator available"
-            return numba.njit(signature, nogil=True)(function)
-
-    return decorate
+    return compile_function(_run, "void(int64)"), compile_function(_work, "void(int64, int64, int64)")
 
 
 class Pool:
