@@ -37,7 +37,8 @@ def prompt(index: int) -> list[int]:
 class Stream:
     """One greedy completion as its client sees it."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int = TOKENS) -> None:
+        self.tokens = tokens
         self.text = ""
         self.finish: str | None = None
         self.status = 0
@@ -50,7 +51,7 @@ class Stream:
         body = {
             "model": "tiny",
             "prompt": prompt(index),
-            "max_tokens": TOKENS,
+            "max_tokens": self.tokens,
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
@@ -196,10 +197,11 @@ def test_a_pod_that_is_asked_to_stop_waits_for_what_runs(replica: Replica) -> No
 
 
 def test_sigterm_drains_the_leaders_pod() -> None:
-    with Replica(MODEL, layers=LAYERS, max_context=512) as replica:
+    with Replica(MODEL, layers=LAYERS, max_context=512, kv_blocks=2048) as replica:
 
         async def load() -> None:
-            streams = [Stream() for _ in range(32)]
+            # Seconds of work, so that the drain is under way for as long as the questions below take.
+            streams = [Stream(tokens=450) for _ in range(48)]
             running = asyncio.create_task(run_streams(replica.url, 0, streams))
             await first_tokens(streams[:1])
             pod = replica.pods[0]
