@@ -61,8 +61,13 @@ def write_checkpoint(directory: Path, shape: dict[str, Any], dtype: str) -> None
     config = LlamaConfig(**shape, bos_token_id=0, eos_token_id=1, dtype=getattr(torch, dtype))
     config.architectures = ["LlamaForCausalLM"]
     write_model(directory)
-    for extra in ("generation_config.json",):
-        (directory / extra).unlink(missing_ok=True)
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    # A word for every id, so that each token is text at once and its time of arrival is seen.
+    path = directory / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    taken = {token["id"] for token in tokenizer["added_tokens"]} | set(tokenizer["model"]["vocab"].values())
+    tokenizer["model"]["vocab"] |= {f"w{i}": i for i in range(shape["vocab_size"]) if i not in taken}
+    path.write_text(json.dumps(tokenizer))
     config.save_pretrained(directory)
     h, i, v, d = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"], shape["head_dim"]
     q, kv = shape["num_attention_heads"] * d, shape["num_key_value_heads"] * d

@@ -163,6 +163,7 @@ class Rank:
         engine = Engine(scheduler, Model(settings.max_context, stage.shape.vocab_size), publish)
         server = EngineServer(engine_socket(self._launch), engine.receive, engine.faces_came, engine.faces_gone)
         engine.start(server.send)
+        self._member.follow(lambda ranks: setattr(engine, "ranks", ranks))
         self._engine = engine
 
     def _await_form(self) -> pb.Form | None:

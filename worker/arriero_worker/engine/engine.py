@@ -24,6 +24,7 @@ from arriero_worker.engine.messages import (
     Model,
     Outputs,
     Phase,
+    RankStatus,
     Submit,
     ToEngine,
 )
@@ -84,6 +85,8 @@ class Engine:
         self._phase: Phase = "Joining"
         self._told = 0.0
         self._live: set[int] = set()
+        self.ranks: list[RankStatus] = []
+        """Each rank's truth as last heard; replaced as a whole, by another thread."""
 
     def start(self, send: Callable[[FromEngine], None]) -> None:
         self._send = send
@@ -212,6 +215,7 @@ class Engine:
             preemptions=stats.preemptions,
             steps=self._steps,
             recoveries=self._recoveries,
+            ranks=self.ranks,
         )
         self._publish(status)
         self._send(status)

@@ -18,7 +18,7 @@ from arriero.inference.v1 import worker_pb2_grpc
 from arriero_plan.launch import Launch
 from arriero_worker.engine.messages import Phase, RankStatus
 from arriero_worker.group.memory import PodMemory
-from arriero_worker.group.wire import CHANNEL_OPTIONS, to_wire
+from arriero_worker.group.wire import CHANNEL_OPTIONS, from_wire, to_wire
 
 log = logging.getLogger("arriero.member")
 
@@ -120,6 +120,20 @@ class Member:
         self._stopped = True
         self._outbox.put(None)
         self._thread.join(1.0)
+
+    def follow(self, tell: Callable[[list[RankStatus]], None]) -> None:
+        """Have every rank's status told, as the leader's pod knows them, at each change. For the leader itself."""
+
+        def run() -> None:
+            with grpc.insecure_channel(self.leader_address, options=CHANNEL_OPTIONS) as channel:
+                while not self._stopped:
+                    try:
+                        for status in worker_pb2_grpc.WorkerStub(channel).Status(pb.StatusRequest()):
+                            tell([from_wire(rank) for rank in status.ranks])
+                    except grpc.RpcError:
+                        time.sleep(_REDIAL)
+
+        threading.Thread(target=run, name="follow", daemon=True).start()
 
     def _run(self) -> None:
         while not self._stopped:

@@ -22,6 +22,20 @@ CHANNEL_OPTIONS = [
 ]
 
 
+def from_wire(status: pb.RankStatus) -> RankStatus:
+    return RankStatus(
+        status.rank,
+        status.pod,
+        PHASES[status.phase - 1],
+        status.epoch,
+        status.step,
+        status.bytes_loaded,
+        status.bytes_total,
+        status.memory_bytes,
+        status.reason,
+    )
+
+
 def to_wire(status: RankStatus, phase_seconds: float) -> pb.RankStatus:
     return pb.RankStatus(
         rank=status.rank,
