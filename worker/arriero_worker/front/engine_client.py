@@ -228,7 +228,8 @@ class EngineClient:
         self._connection = None
         submissions = set(self._submissions.values())
         self._submissions = {}
-        log.warning("lost the engine (%s), with %d requests on it", why, len(submissions))
+        level = logging.WARNING if submissions else logging.INFO
+        log.log(level, "lost the engine (%s), with %d requests on it", why, len(submissions))
         for submission in submissions:
             submission._index.clear()
             submission._fail(EngineGone("the engine went away"))

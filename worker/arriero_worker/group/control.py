@@ -184,8 +184,8 @@ class Control(worker_pb2_grpc.WorkerServicer):
         for command in commands[:1]:
             if isinstance(command, membership.Abort):
                 self._memory.abort_epoch(command.epoch)
-                if not self._stopped.is_set():
-                    log.warning("epoch %d ended: %s", command.epoch, command.reason)
+                level = logging.INFO if command.expected or self._stopped.is_set() else logging.WARNING
+                log.log(level, "epoch %d ended: %s", command.epoch, command.reason)
             elif isinstance(command, membership.Form):
                 log.info("forming epoch %d", command.epoch)
         if commands:

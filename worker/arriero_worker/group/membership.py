@@ -27,6 +27,8 @@ class Abort:
     rank: int
     epoch: int
     reason: str
+    expected: bool = False
+    """It ended because a rank left that had been released."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +107,10 @@ class Membership:
 
     def lost(self, rank: int, reason: str) -> list[Command]:
         """The rank's stream broke."""
-        if self._members.pop(rank, None) is None:
+        member = self._members.pop(rank, None)
+        if member is None:
             return []
-        return self._end(reason)
+        return self._end(f"rank {rank} left", expected=True) if member.released else self._end(reason)
 
     def leave(self, rank: int, grace_seconds: float, now: float) -> list[Command]:
         self._member(rank).leave_by = now + grace_seconds
@@ -157,11 +160,11 @@ class Membership:
             member.ready = member.formed = False
         return [Form(rank, self.epoch) for rank in sorted(self._members)]
 
-    def _end(self, reason: str) -> list[Command]:
+    def _end(self, reason: str, *, expected: bool = False) -> list[Command]:
         if not self.active:
             return []
         self.active = False
         self.recoveries += 1
         for member in self._members.values():
             member.ready = member.formed = False
-        return [Abort(rank, self.epoch, reason) for rank in sorted(self._members)]
+        return [Abort(rank, self.epoch, reason, expected) for rank in sorted(self._members)]
