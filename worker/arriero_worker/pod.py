@@ -27,7 +27,7 @@ from arriero_worker.rank_entry import engine_socket, run_rank
 log = logging.getLogger("arriero.pod")
 
 _SILENT = 5.0  # seconds without a heartbeat before a rank's process is killed
-_STEADY = 30.0  # a process that lived so long starts again at once, others with back-off
+_STEADY = 30.0  # a process that lived so long, or served, starts again at once, others with back-off
 _LONGEST_BACKOFF = 30.0
 _GLANCE = 0.5  # seconds between looks at heartbeats
 
@@ -74,6 +74,10 @@ class _Child:
                 os.kill(self.pid, signum)
             except ProcessLookupError:
                 pass
+
+    def forgive(self) -> None:
+        """It did its work: when it ends, it starts again at once."""
+        self._failures = 0
 
     @property
     def seconds_up(self) -> float:
@@ -212,7 +216,7 @@ class Pod:
                     child.begin()
             if draining_since is not None and self._drained(now - draining_since):
                 return 0
-            self._fence_the_silent()
+            self._look_at_ranks()
             sentinels = [child.sentinel() for child in self._children if child.pid]
             wait([*sentinels, self._wake_read], timeout=_GLANCE)
             try:
@@ -247,12 +251,14 @@ class Pod:
             return True
         return False
 
-    def _fence_the_silent(self) -> None:
+    def _look_at_ranks(self) -> None:
         """A process that lives but does not speak (stopped, stuck in the kernel) is lost as well: make room for a
         new one.
         """
         for index, rank in enumerate(self._ranks):
-            _, silence, _ = self._memory.read_rank(index, rank.rank, self._index)
+            status, silence, _ = self._memory.read_rank(index, rank.rank, self._index)
+            if status.phase == "Serving":
+                rank.forgive()
             if rank.pid and min(silence, rank.seconds_up) > _SILENT:
                 log.warning("rank %d was silent for %.1f s: killing process %d", rank.rank, silence, rank.pid)
                 rank.signal(signal.SIGKILL)
