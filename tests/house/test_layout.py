@@ -14,7 +14,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-LOCKED_EXTRAS = ("worker", "dev", "plot")
+LOCKED_EXTRAS = ("worker", "router", "dev", "plot")
 # Spelled in pieces: this file is a tracked file, too.
 REGISTRY_HOSTS = re.compile(
     "files.python" + r"hosted\.|py" + r"pi\.(?:org|io)|/sim" + "ple/[a-z]|arti" + r"factory|nexus3?\.|dev" + "pi"

@@ -8,8 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+from arriero_faces.process import set_up_logging
 from arriero_plan.launch import LaunchError, parse_launch
-from arriero_worker.process import set_up_logging
 from arriero_worker.rank_entry import engine_socket
 
 _SOCKET_LIMIT = 107  # bytes of a Unix socket's path (unix(7))

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 import arriero_worker.rank  # noqa: F401
+from arriero_faces.process import die_with_parent, set_process_name
 from arriero_worker.group import reduce
 from arriero_worker.model.cpu.backend import CpuBackend
-from arriero_worker.process import die_with_parent, set_process_name
 from arriero_worker.runner.batch import BatchState
 from arriero_worker.runner.sampler import Sampler
 

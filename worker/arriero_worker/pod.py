@@ -18,10 +18,10 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from types import FrameType
 
+from arriero_faces.process import EXIT_UNUSABLE
 from arriero_plan.launch import Launch
 from arriero_worker.group.control import Control
 from arriero_worker.group.memory import PodMemory
-from arriero_worker.process import EXIT_UNUSABLE
 from arriero_worker.rank_entry import engine_socket, run_rank
 
 log = logging.getLogger("arriero.pod")

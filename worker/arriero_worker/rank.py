@@ -23,6 +23,7 @@ import torch
 import torch.distributed
 
 from arriero.inference.v1 import worker_pb2 as pb
+from arriero_faces.process import EXIT_UNUSABLE, die_with_parent, set_process_name, set_up_logging
 from arriero_plan.launch import Launch, parse_launch
 from arriero_plan.model import ModelError
 from arriero_worker.engine.engine import Engine
@@ -35,7 +36,6 @@ from arriero_worker.group.member import Member, Truth
 from arriero_worker.group.memory import PodMemory
 from arriero_worker.model.loader import CheckpointError
 from arriero_worker.model.shard import ShardError
-from arriero_worker.process import EXIT_UNUSABLE, die_with_parent, set_process_name, set_up_logging
 from arriero_worker.rank_entry import engine_socket
 from arriero_worker.session import Session
 from arriero_worker.stage import LoadedStage, load_stage

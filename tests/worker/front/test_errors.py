@@ -6,10 +6,11 @@ import json
 from typing import Any
 
 import pytest
+from tests.faces.raw import events
 
 from arriero_worker.engine.messages import Finish
 
-from .replica import Replica, events
+from .replica import Replica
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"

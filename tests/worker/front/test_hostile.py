@@ -19,12 +19,12 @@ import grpc
 import httpx
 import psutil
 import pytest
+from tests.faces.raw import events, parse_response, read_all
 
 from arriero.inference.v1 import inference_pb2 as pb
 from arriero.inference.v1 import inference_pb2_grpc
 
 from .process import FrontProcess, front_process
-from .replica import events, parse_response, read_all
 
 REQUESTS = 600
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

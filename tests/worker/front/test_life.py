@@ -19,15 +19,16 @@ import httpx
 import openai
 import psutil
 import pytest
+from tests.faces.raw import dechunk, events, parse_response, read_all
 
 from arriero.inference.v1 import inference_pb2 as pb
 from arriero.inference.v1 import inference_pb2_grpc
+from arriero_faces.process import EXIT_UNUSABLE
 from arriero_worker.front.front import FRONT_LIMITS
-from arriero_worker.process import EXIT_UNUSABLE
 
 from .fake_engine import FakeEngine
 from .process import front_process
-from .replica import Replica, dechunk, events, launch_for, parse_response, read_all
+from .replica import Replica, launch_for
 
 LONG = {"messages": [{"role": "user", "content": "one two three four five " * 20}]}
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import openai
 import pytest
+from tests.faces.raw import events
 
-from .replica import Replica, events
+from .replica import Replica
 
 USER = [{"role": "user", "content": "hi 😀 there"}]
 

@@ -15,9 +15,9 @@ import grpc
 import httpx
 import openai
 import pytest
+from tests.faces.raw import events
 from tests.worker.replica import Replica as RealReplica
 
-from .replica import events
 from .test_hostile import over_grpc, over_http, streaming_and_gone
 
 CHECKPOINT = Path(__file__).resolve().parents[3] / "examples" / "tiny_llama" / "checkpoint"

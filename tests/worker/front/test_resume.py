@@ -7,11 +7,12 @@ from typing import Any
 
 import grpc
 import pytest
+from tests.faces.raw import events
 
 from arriero.inference.v1 import inference_pb2 as pb
 from arriero.inference.v1 import inference_pb2_grpc
 
-from .replica import Replica, events
+from .replica import Replica
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"

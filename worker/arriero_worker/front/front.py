@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from arriero_faces.http.server import HttpLimits, HttpServer, bind
 from arriero_plan.launch import Launch
 from arriero_worker.engine.messages import EngineStatus
 from arriero_worker.front.engine_client import EngineClient
 from arriero_worker.front.grpc_api import GrpcFace
-from arriero_worker.front.http.server import HttpLimits, HttpServer, bind
 from arriero_worker.front.http_api import HttpApi
 from arriero_worker.front.service import Service
 

@@ -15,11 +15,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from arriero.inference.v1 import inference_pb2 as pb
+from arriero_faces.http.errors import HttpError
+from arriero_faces.http.server import ANY, HttpLimits
+from arriero_faces.resume import Resume, parse_resume
 from arriero_worker.engine.messages import TokenLogprobs
 from arriero_worker.front.answer import Piece
-from arriero_worker.front.http.errors import HttpError
-from arriero_worker.front.http.server import ANY, HttpLimits
-from arriero_worker.front.resume import Resume, parse_resume
 from arriero_worker.front.run import Generation, Run
 from arriero_worker.front.sampling import SamplingFields, bounded, refuse
 from arriero_worker.front.service import Service

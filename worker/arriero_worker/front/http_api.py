@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import unquote
 
-from arriero_worker.front.http.errors import HttpError
-from arriero_worker.front.http.exchange import JSON, Disconnected, Exchange
+from arriero_faces.http.errors import HttpError
+from arriero_faces.http.exchange import JSON, Disconnected, Exchange
 from arriero_worker.front.metrics import CONTENT_TYPE
 from arriero_worker.front.openai.chat import chat_completions
 from arriero_worker.front.openai.completions import completions

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import uvloop
 
+from arriero_faces.process import EXIT_UNUSABLE, die_with_parent, set_process_name, set_up_logging
 from arriero_plan.launch import Launch, LaunchError, parse_launch
 from arriero_worker.front.front import Front
 from arriero_worker.front.text.vocabulary import TokenizerError
-from arriero_worker.process import EXIT_UNUSABLE, die_with_parent, set_process_name, set_up_logging
 
 log = logging.getLogger("arriero.front")
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from arriero_faces.http.errors import HttpError
+from arriero_faces.resume import TOKENS, Resume, Resumed
 from arriero_worker.engine.messages import EngineRequest, Refusal, SamplingParams
 from arriero_worker.front.answer import Answer, AnswerRules, Piece
 from arriero_worker.front.engine_client import ConsumerTooSlow, Delta, EngineGone, Submission
-from arriero_worker.front.http.errors import HttpError
-from arriero_worker.front.resume import TOKENS, Resume, Resumed
 
 if TYPE_CHECKING:
     from arriero_worker.front.service import Service

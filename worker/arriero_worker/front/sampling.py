@@ -6,8 +6,8 @@ import math
 import secrets
 from dataclasses import dataclass, field
 
+from arriero_faces.http.errors import HttpError
 from arriero_worker.engine.messages import SamplingParams
-from arriero_worker.front.http.errors import HttpError
 from arriero_worker.front.text.generation_config import GenerationDefaults
 
 MAX_LOGPROBS = 20

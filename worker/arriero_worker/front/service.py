@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from arriero_faces.http.errors import HttpError
+from arriero_faces.resume import SEED, Resume
 from arriero_plan.launch import Launch
 from arriero_worker.engine.messages import EngineStatus, SamplingParams
 from arriero_worker.front.answer import AnswerRules
 from arriero_worker.front.engine_client import EngineClient
-from arriero_worker.front.http.errors import HttpError
 from arriero_worker.front.metrics import Metrics
-from arriero_worker.front.resume import SEED, Resume
 from arriero_worker.front.run import Generation, Run
 from arriero_worker.front.sampling import SamplingFields, build_sampling, check_sampling
 from arriero_worker.front.text.chat_template import TemplateRefusal, load_chat_template

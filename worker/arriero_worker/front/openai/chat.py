@@ -6,9 +6,10 @@ import hashlib
 import time
 from typing import Any
 
+from arriero_faces.http.exchange import Exchange
+from arriero_faces.resume import Resume
 from arriero_worker.engine.messages import TokenLogprobs
 from arriero_worker.front.answer import Piece
-from arriero_worker.front.http.exchange import Exchange
 from arriero_worker.front.openai.encode import (
     Identity,
     ResumeComments,
@@ -27,7 +28,6 @@ from arriero_worker.front.openai.parse import (
 )
 from arriero_worker.front.openai.reply import collect, resume_of, stream
 from arriero_worker.front.openai.schema import ChatRequest
-from arriero_worker.front.resume import Resume
 from arriero_worker.front.run import Generation, Run, Usage
 from arriero_worker.front.sampling import refuse
 from arriero_worker.front.service import Service

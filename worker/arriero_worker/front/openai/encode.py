@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 
+from arriero_faces.http.errors import HttpError
+from arriero_faces.http.exchange import Exchange
+from arriero_faces.resume import Resume, valid_id
 from arriero_worker.engine.messages import TokenLogprobs
-from arriero_worker.front.http.errors import HttpError
-from arriero_worker.front.http.exchange import Exchange
-from arriero_worker.front.resume import Resume, valid_id
 from arriero_worker.front.run import Run, Usage
 from arriero_worker.front.text.vocabulary import Vocabulary
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from arriero_worker.front.http.errors import HttpError
+from arriero_faces.http.errors import HttpError
 from arriero_worker.front.openai.schema import (
     NEUTRAL,
     ChatMessage,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from arriero_faces.http.errors import HttpError
+from arriero_faces.http.exchange import Exchange
+from arriero_faces.resume import Resume, parse_resume
 from arriero_worker.front.answer import Piece
-from arriero_worker.front.http.errors import HttpError
-from arriero_worker.front.http.exchange import Exchange
 from arriero_worker.front.openai.encode import DONE, EVENT_STREAM, STREAM_HEADERS, event
-from arriero_worker.front.resume import Resume, parse_resume
 from arriero_worker.front.run import Generation, Run, Usage
 from arriero_worker.front.service import Service
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from arriero_worker.front.http.exchange import Exchange
+from arriero_faces.http.exchange import Exchange
 from arriero_worker.front.openai.encode import json_bytes
 from arriero_worker.front.openai.parse import parse_body, template_messages, template_tools
 from arriero_worker.front.openai.schema import TokenizeRequest

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import httptools
 
-from arriero_worker.front.http.errors import HttpError
-from arriero_worker.front.http.exchange import Disconnected, Exchange
-from arriero_worker.front.http.head import check_head, too_large
+from arriero_faces.http.errors import HttpError
+from arriero_faces.http.exchange import Disconnected, Exchange
+from arriero_faces.http.head import check_head, too_large
 
 if TYPE_CHECKING:
-    from arriero_worker.front.http.server import HttpServer
+    from arriero_faces.http.server import HttpServer
 
 log = logging.getLogger("arriero.http")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from arriero_worker.front.http.errors import HttpError
-from arriero_worker.front.http.exchange import Exchange
+from arriero_faces.http.errors import HttpError
+from arriero_faces.http.exchange import Exchange
 
 
 def check_head(exchange: Exchange, upgrade: bool, max_body: int) -> bool:

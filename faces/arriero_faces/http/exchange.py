@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from arriero_worker.front.http.errors import REASONS, HttpError
+from arriero_faces.http.errors import REASONS, HttpError
 
 if TYPE_CHECKING:
-    from arriero_worker.front.http.connection import Connection
+    from arriero_faces.http.connection import Connection
 
 JSON = "application/json"
 

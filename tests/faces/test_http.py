@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import uvloop
+from tests.faces.raw import parse_response, read_all
 
-from arriero_worker.front.http.errors import HttpError
-from arriero_worker.front.http.exchange import Exchange
-from arriero_worker.front.http.server import HttpLimits, HttpServer, bind
-
-from .replica import parse_response, read_all
+from arriero_faces.http.errors import HttpError
+from arriero_faces.http.exchange import Exchange
+from arriero_faces.http.server import HttpLimits, HttpServer, bind
 
 LIMITS = HttpLimits(
     max_head=4096,
@@ -307,6 +306,7 @@ def test_answers_do_not_pile_up_for_a_client_that_pipelines_and_does_not_read(ha
     with hasty.connect() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.sendall(head("GET /big HTTP/1.1") * 500)
+        hasty.wait_for(lambda: hasty.seen)
         hasty.wait_for(lambda: hasty.http.connections == 0)
     assert len(hasty.seen) == 1, "the next is not begun while the client leaves the last one lying"
 

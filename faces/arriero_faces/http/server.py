@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from email.utils import formatdate
 
-from arriero_worker.front.http.connection import Connection
-from arriero_worker.front.http.errors import HttpError
-from arriero_worker.front.http.exchange import Exchange
+from arriero_faces.http.connection import Connection
+from arriero_faces.http.errors import HttpError
+from arriero_faces.http.exchange import Exchange
 
 log = logging.getLogger("arriero.http")
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from arriero_worker.front.http.errors import HttpError
+from arriero_faces.http.errors import HttpError
 
 HEADER = "x-arriero-resume"
 TOKENS = "x-arriero-resume-tokens"
