@@ -143,7 +143,7 @@ class StatusRequest(_message.Message):
     def __init__(self, once: _Optional[bool] = ...) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("phase", "epoch", "ranks", "running", "waiting", "kv_blocks", "kv_blocks_used", "recoveries", "reason")
+    __slots__ = ("phase", "epoch", "ranks", "running", "waiting", "kv_blocks", "kv_blocks_used", "recoveries", "reason", "run")
     PHASE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
@@ -153,6 +153,7 @@ class StatusResponse(_message.Message):
     KV_BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
     RECOVERIES_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
     phase: Phase
     epoch: int
     ranks: _containers.RepeatedCompositeFieldContainer[RankStatus]
@@ -162,7 +163,8 @@ class StatusResponse(_message.Message):
     kv_blocks_used: int
     recoveries: int
     reason: str
-    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., recoveries: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    run: str
+    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., recoveries: _Optional[int] = ..., reason: _Optional[str] = ..., run: _Optional[str] = ...) -> None: ...
 
 class RankStatus(_message.Message):
     __slots__ = ("rank", "pod", "phase", "epoch", "step", "bytes_loaded", "bytes_total", "memory_bytes", "reason", "phase_seconds")
