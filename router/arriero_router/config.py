@@ -186,20 +186,20 @@ class PrefixTuning(Part):
     """How the `prefix` policy trades cached prefixes against load."""
 
     max_marks: int = Field(
-        default=2_000_000,
+        default=2**18,
         ge=1024,
-        le=2**31,
-        description="chunks of 256 bytes of prompt that the index keeps, all replicas of the model together",
+        le=2**30,
+        description="chunks of 256 bytes of prompts that the index knows, all replicas of the model together; some 200 "
+        "bytes of memory each, in each worker process",
+    )
+    max_expected: int = Field(
+        default=2**14,
+        ge=64,
+        le=2**30,
+        description="chunks that one replica is expected to have by what was sent to it, not by its own word",
     )
     expected_seconds: SomeSeconds = Field(
-        default=60, description="how long a replica is expected to hold a prompt it was sent, before it says so itself"
-    )
-    overload: float = Field(
-        default=1.5,
-        ge=1,
-        le=100,
-        allow_inf_nan=False,
-        description="times the mean load that a replica may have and still be picked for its cache",
+        default=30, description="how long a replica that tells its cache is expected to have what it does not tell"
     )
 
 
