@@ -39,23 +39,23 @@ class Refusal(StrEnum):
     """Its deadline is over."""
 
 
+class Waiting(NamedTuple, Generic[T]):
+    """One that waits, or did."""
+
+    ask: Ask
+    item: T
+
+
 class Pushed(NamedTuple, Generic[T]):
     """What came of a push."""
 
     refused: Refusal | None = None
-    displaced: T | None = None
+    displaced: Waiting[T] | None = None
     """Who gave way, and waits no longer."""
 
     @property
     def held(self) -> bool:
         return self.refused is None
-
-
-class Waiting(NamedTuple, Generic[T]):
-    """One that waited."""
-
-    ask: Ask
-    item: T
 
 
 @dataclass(slots=True, eq=False)
@@ -64,6 +64,10 @@ class _Held(Generic[T]):
     item: T
     since: float
     begun: bool
+
+    @property
+    def waiting(self) -> Waiting[T]:
+        return Waiting(self.ask, self.item)
 
     @property
     def cost(self) -> int:
@@ -136,12 +140,12 @@ class HoldQueue(Generic[T]):
         if not begun and ask.priority not in self._last:
             self._last.set(ask.priority, -ask.priority)
         group.add(key, held, self._weight(ask.tenant))
-        return Pushed(displaced=None if displaced is None else displaced.item)
+        return Pushed(displaced=displaced)
 
-    def peek(self, now: float) -> Ask | None:
-        """The ask whose turn it is; None if nobody waits."""
+    def peek(self, now: float) -> Waiting[T] | None:
+        """Whose turn it is; None if nobody waits."""
         held = self._head(now)
-        return None if held is None else held.ask
+        return None if held is None else held.waiting
 
     def pop(self, now: float) -> Waiting[T] | None:
         """Take out whose turn it is, and count its tokens; None if nobody waits. Never one whose deadline is over."""
@@ -151,7 +155,7 @@ class HoldQueue(Generic[T]):
         self._classes[held.ask.priority].serve(held, self._weight(held.ask.tenant))
         self._take(held)
         self._left(held.ask.tenant)
-        return Waiting(held.ask, held.item)
+        return held.waiting
 
     def remove(self, item: T) -> bool:
         """Take out an item that no longer wants to wait; False if it does not wait (any more)."""
@@ -195,9 +199,9 @@ class HoldQueue(Generic[T]):
             if held.ask.deadline > now:
                 return
             self._take(held)
-            self._over.append(Waiting(held.ask, held.item))
+            self._over.append(held.waiting)
 
-    def _give_way(self, ask: Ask) -> _Held[T] | None:
+    def _give_way(self, ask: Ask) -> Waiting[T] | None:
         priority = self._last.first()
         if priority is None or priority < ask.priority:
             return None
@@ -207,7 +211,7 @@ class HoldQueue(Generic[T]):
         held = self._all[group.victim()]
         self._take(held)
         self._left(held.ask.tenant)
-        return held
+        return held.waiting
 
     def _left(self, tenant: str) -> None:
         self._lengths[tenant] -= 1

@@ -189,7 +189,7 @@ def test_a_better_class_takes_the_place_of_the_last_of_the_worst():
     fill(queue, "a", "a", priority=5)
     pushed = queue.push(an_ask("a", priority=1), Item("better"), 0.0)
     assert pushed.held
-    assert pushed.displaced is worst[1]
+    assert pushed.displaced.item is worst[1]
     assert len(queue) == 4
     assert drain(queue)[0] == "better"
 
@@ -205,7 +205,7 @@ def test_a_flood_of_one_tenant_gives_way_to_others_until_they_have_as_many():
     queue = HoldQueue(6)
     flood = fill(queue, *"aaaaaa")
     for i in range(3):
-        assert queue.push(an_ask("b"), Item(f"b{i}"), 0.0).displaced is flood[5 - i]
+        assert queue.push(an_ask("b"), Item(f"b{i}"), 0.0).displaced.item is flood[5 - i]
     assert queue.push(an_ask("b"), Item("b3"), 0.0).refused is Refusal.FULL
     assert queue.push(an_ask("a"), Item("a9"), 0.0).refused is Refusal.FULL
     assert queue.lengths == {"a": 3, "b": 3}
@@ -229,7 +229,7 @@ def test_what_has_begun_is_never_refused_goes_first_and_never_gives_way():
         assert pushed.displaced is None
     assert len(queue) == 4
     pushed = queue.push(an_ask("c", priority=-1), Item("better"), 1.0)
-    assert pushed.displaced.name == "a0"
+    assert pushed.displaced.item.name == "a0"
     # Their tokens were counted the first time: again0's million does not put again1 back.
     assert drain(queue, 1.0) == ["better", "again0", "b0", "again1"]
 
@@ -269,7 +269,7 @@ def test_pop_never_returns_what_is_over_and_expire_still_does():
     queue = HoldQueue(10)
     fill(queue, "a", deadline=1.0)
     fill(queue, "b")
-    assert queue.peek(1.0).tenant == "b"
+    assert queue.peek(1.0).ask.tenant == "b"
     assert queue.pop(1.0).item.name == "b0"
     assert queue.pop(1.0) is None
     assert len(queue) == 1
@@ -374,7 +374,7 @@ class Conservation(RuleBasedStateMachine):
         if pushed.displaced is not None:
             assert pushed.held
             assert live >= self.queue.limit
-            gone, _, _, had_begun = self.left(pushed.displaced)
+            gone, _, _, had_begun = self.left(pushed.displaced.item)
             assert not had_begun
             assert gone.priority > priority or (gone.priority == priority and gone.tenant != tenant)
             yielding = [a.priority for a, _, _, b in self.inside.values() if not b and a.deadline > self.now]
@@ -389,9 +389,8 @@ class Conservation(RuleBasedStateMachine):
             assert head is None
             assert not live
             return
-        assert waiting.ask is head
+        assert waiting == head
         ask, _, number, begun = self.left(waiting.item)
-        assert ask is head
         assert ask.deadline > self.now
         assert ask.priority == min(a.priority for a, *_ in live)
         line = [(not b, n) for a, _, n, b in live if (a.priority, a.tenant) == (ask.priority, ask.tenant)]
