@@ -9,7 +9,8 @@ its field `user` may hold orders, `mock pace=2000 break=5 at=a` (any of them, an
 - `break`: cut the connection behind so many tokens, unless the request resumes. `at` names the one replica that does.
 
 With `x-arriero-resume: 1` each piece of a stream is followed by the comment that a worker writes, and
-`x-arriero-resume-tokens` continues behind that many. What other routers ask a worker before they use it is there too.
+`x-arriero-resume-tokens` continues behind that many. `Prefixes.Watch` tells the last 4,096 marks of prompts seen. What
+other routers ask a worker before they use it is there too.
 """
 
 from __future__ import annotations
@@ -19,20 +20,23 @@ import asyncio
 import json
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import grpc
 import httptools
 import uvloop
 
-from arriero.inference.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
+from arriero.inference.v1 import inference_pb2, prefixes_pb2, prefixes_pb2_grpc, worker_pb2, worker_pb2_grpc
 from arriero_faces import resume
+from arriero_faces.prefix import fields_of, grpc_marks
 
 MODEL = "mock"
 SEED = 7
@@ -44,6 +48,8 @@ _TOKENS = re.compile(rb'"max(?:_completion)?_tokens"\s*:\s*(\d+)')
 _ORDERS = re.compile(rb'"user"\s*:\s*"mock ([^"]*)"')
 _TEXT_ORDERS = re.compile(r"mock ([a-z0-9= ]*)")
 _STATUS_EVERY = 0.25
+_WATCH_EVERY = 0.05
+_MARKS = 4096
 
 
 def text_of(tokens: int, first: int = 0) -> str:
@@ -77,6 +83,28 @@ class Mock:
         self.running = 0
         self.stats = dict.fromkeys(("requests", "streams", "resumed", "broken", "left", "rpcs"), 0)
         self.ids = 0
+        self.run = secrets.token_hex(8)
+        self.marks: OrderedDict[int, None] = OrderedDict()
+        self.watchers: list[dict[int, bool]] = []
+        """For each: what has changed since it was told, true for a mark that came."""
+
+    def hold(self, marks: Iterable[int]) -> None:
+        """These prefixes are in the cache; the ones used longest ago make room."""
+        for mark in marks:
+            if mark in self.marks:
+                self.marks.move_to_end(mark)
+            else:
+                self.marks[mark] = None
+                self._changed(mark, True)
+        while len(self.marks) > _MARKS:
+            self._changed(self.marks.popitem(last=False)[0], False)
+
+    def _changed(self, mark: int, held: bool) -> None:
+        for changes in self.watchers:
+            if changes.get(mark) is (not held):
+                del changes[mark]  # there and gone again, or the other way round, since the last word
+            else:
+                changes[mark] = held
 
     def next_id(self, prefix: str) -> str:
         self.ids += 1
@@ -152,6 +180,9 @@ class HttpFace(asyncio.Protocol):
         orders = Orders(given[1].decode(), self.mock.name) if given else Orders("", self.mock.name)
         self.mock.stats["requests"] += 1
         self.mock.running += 1
+        if self.mock.watchers:
+            fields = fields_of(body)
+            self.mock.hold((fields.chat() if chat else fields.text()).marks)
         if _STREAM.search(body):
             self.mock.stats["streams"] += 1
             self.stream = Stream(self, chat, tokens, orders, headers, bool(_USAGE.search(body)))
@@ -245,7 +276,8 @@ class Stream:
     def start(self) -> None:
         self.write(
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
-            b"x-accel-buffering: no\r\ntransfer-encoding: chunked\r\n\r\n"
+            b"x-accel-buffering: no\r\n%btransfer-encoding: chunked\r\n\r\n"
+            % (b"x-arriero-resume: 1\r\n" if self.comments else b"")
         )
         self.step()
 
@@ -334,6 +366,7 @@ class GrpcFace:
         first = sent.count(",") + 1 if sent else 0
         tokens = request.sampling.max_tokens or 16
         self.mock.stats["rpcs"] += 1
+        self.mock.hold(grpc_marks(request).marks)
         self.mock.stats["resumed"] += sent is not None
         self.mock.running += 1
         try:
@@ -361,6 +394,30 @@ class GrpcFace:
         return data
 
 
+class Cache(prefixes_pb2_grpc.PrefixesServicer):  # type: ignore[misc]
+    """`Prefixes.Watch`: all of it, then the changes."""
+
+    def __init__(self, mock: Mock) -> None:
+        self.mock = mock
+
+    async def Watch(
+        self, request: prefixes_pb2.WatchRequest, context: Any
+    ) -> AsyncIterator[prefixes_pb2.WatchResponse]:
+        changes: dict[int, bool] = {}
+        self.mock.watchers.append(changes)
+        try:
+            yield prefixes_pb2.WatchResponse(reset=True, added=list(self.mock.marks), run=self.mock.run)
+            while True:
+                await asyncio.sleep(_WATCH_EVERY)
+                if changes:
+                    added = [mark for mark, held in changes.items() if held]
+                    removed = [mark for mark, held in changes.items() if not held]
+                    changes.clear()
+                    yield prefixes_pb2.WatchResponse(added=added, removed=removed, run=self.mock.run)
+        finally:
+            self.mock.watchers = [other for other in self.mock.watchers if other is not changes]
+
+
 class Control(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc]
     """`Worker.Status`: always serving."""
 
@@ -370,7 +427,7 @@ class Control(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc]
     async def Status(self, request: worker_pb2.StatusRequest, context: Any) -> AsyncIterator[worker_pb2.StatusResponse]:
         while True:
             yield worker_pb2.StatusResponse(
-                phase=worker_pb2.PHASE_SERVING, epoch=1, running=self.mock.running, kv_blocks=1000
+                phase=worker_pb2.PHASE_SERVING, epoch=1, running=self.mock.running, kv_blocks=1000, run=self.mock.run
             )
             if request.once:
                 return
@@ -387,6 +444,7 @@ async def serve(options: argparse.Namespace) -> None:
     if options.grpc_port:
         server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         server.add_generic_rpc_handlers((GrpcFace(mock).handler(),))
+        prefixes_pb2_grpc.add_PrefixesServicer_to_server(Cache(mock), server)
         server.add_insecure_port(f"127.0.0.1:{options.grpc_port}")
         servers.append(server)
     if options.control_port:

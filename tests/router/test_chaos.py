@@ -171,9 +171,10 @@ async def _until_idle(router: RouterProcess) -> None:
         gauges = {
             name: value
             for name, value in metrics.items()
-            if name.endswith(("_in_flight", "_held", "_pending_bytes", "_queue_length"))
+            if name
+            in ("arriero_router_replica_in_flight", "arriero_router_replica_pending_bytes", "arriero_router_held")
         }
-        assert gauges, f"no gauge of what is in flight or held among {sorted(metrics)}"
+        assert len(gauges) == 3, sorted(metrics)
         if not any(gauges.values()):
             return
         assert time.monotonic() < limit, gauges
