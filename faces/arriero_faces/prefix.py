@@ -48,11 +48,7 @@ NOTHING = Marked([], 0)
 
 
 class RoutedFields(msgspec.Struct, kw_only=True):
-    """What a router must know of an HTTP request's body, and the bytes that are marked. All else is skipped unread.
-
-    `msgspec.json.decode(body, type=RoutedFields)` raises msgspec.ValidationError where one of these is of another type
-    than the API has it, and other ValueErrors where the body is not JSON; a worker refuses such a request with 400.
-    """
+    """What a router must know of an HTTP request's body, and the bytes that are marked (see `fields_of`)."""
 
     model: str | None = None
     stream: bool | None = None
@@ -79,8 +75,20 @@ class RoutedFields(msgspec.Struct, kw_only=True):
         return text_marks(bytes(self.prompt), self.cache_salt or "")
 
 
+def fields_of(body: bytes) -> RoutedFields:
+    """The body of an HTTP request; what RoutedFields does not have is skipped unread.
+
+    Raises ValueError: msgspec.ValidationError where one of the fields has another type than in the API, others where
+    the body is not JSON. A worker refuses such a request with 400. RecursionError: nested too deeply, likewise.
+    """
+    return _decoder.decode(body)
+
+
 class StreamOptions(msgspec.Struct, kw_only=True):
     include_usage: bool | None = None
+
+
+_decoder = msgspec.json.Decoder(RoutedFields)
 
 
 def chat_marks(tools: bytes, messages: bytes, cache_salt: str) -> Marked:

@@ -14,6 +14,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from arriero_worker.engine.blocks import extend_keys
 from arriero_worker.engine.messages import EngineRequest, Outputs, SamplingParams, TokenLogprobs
 from arriero_worker.engine.scheduler import Scheduler, SchedulerSettings
 from arriero_worker.engine.step import SampledLogprobs, StepPlan, StepResult
@@ -52,6 +53,17 @@ def expected_output(request: EngineRequest, max_length: int) -> tuple[list[int],
         if token in request.sampling.stop_token_ids:
             return output[len(request.output) :], "stop"
     return output[len(request.output) :], "length"
+
+
+def marks_of(prompt: list[int], salt: str, stride: int, shift: int) -> list[tuple[int, int]]:
+    """A mark for each `stride` tokens, its depth told wrong by `shift`, as far as the prompt goes."""
+    content, marks = start_of(salt), []
+    for length, token in enumerate(prompt, 1):
+        content = follow(content, token)
+        if length % stride == 0:
+            depth = min(max(length + shift, 1), len(prompt))
+            marks.append((depth, content & (2**64 - 1)))
+    return marks
 
 
 @dataclass
@@ -199,6 +211,11 @@ class Harness:
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         self.ended: dict[int, str] = {}
         self.outputs: list[Outputs] = []
+        self.told: set[int] = set()
+        """Marks, as the faces would know them."""
+        self.forgotten = 0
+        self._places: dict[int, set[bytes]] = {}
+        """The keys of blocks where each mark may lie."""
         self._ids = 0
 
     # What clients do
@@ -210,9 +227,11 @@ class Harness:
         stops: tuple[int, ...] = (),
         logprobs: int = -1,
         prompt_logprobs: int = -1,
-        **fields: int | float | str | list[int],
+        stride: int = 0,
+        shift: int = 0,
+        **fields: Any,
     ) -> int:
-        """Returns the id; a refusal ends it at once, as `refused: <code>`."""
+        """Returns the id; a refusal ends it at once, as `refused: <code>`. With a `stride` it has marks: `marks_of`."""
         id_ = self._ids
         self._ids += 1
         sampling = SamplingParams(
@@ -222,7 +241,9 @@ class Harness:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )
-        request = EngineRequest(id=id_, prompt=prompt, sampling=sampling, **fields)  # type: ignore[arg-type]
+        if stride:
+            fields["marks"] = marks_of(prompt, fields.get("cache_salt", ""), stride, shift)
+        request = EngineRequest(id=id_, prompt=prompt, sampling=sampling, **fields)
         refusal = self.scheduler.submit(request)
         if refusal is not None:
             assert refusal.id == id_
@@ -231,6 +252,7 @@ class Harness:
         else:
             self.taken[id_] = self.group.requests[id_] = request
             self.received[id_] = []
+            self._note_places(request)
         self.check()
         return id_
 
@@ -303,6 +325,46 @@ class Harness:
 
     # What must hold
 
+    def _note_places(self, request: EngineRequest) -> None:
+        size = self.settings.block_size
+        tokens = array("i", request.prompt + request.output)
+        tokens.extend(expected_output(request, self.settings.max_length)[0])
+        keys: list[bytes] = []
+        extend_keys(keys, tokens, size, len(tokens) // size, request.cache_salt)
+        for depth, mark in request.marks:
+            self._places.setdefault(mark, set()).update(keys[(depth - 1) // size : (depth - 1) // size + 1])
+
+    def _hear_marks(self) -> None:
+        news = self.scheduler.take_mark_news()
+        if news is None:
+            return
+        if news.reset:
+            self.told.clear()
+        assert not self.told.intersection(news.added)
+        assert self.told.issuperset(news.removed)
+        self.told.update(news.added)
+        self.told.difference_update(news.removed)
+        self.forgotten += len(news.removed)
+
+    def _check_marks(self) -> None:
+        """What was told is what cached blocks carry, each mark where it belongs, and none is missing."""
+        self._hear_marks()
+        pool, size = self.scheduler._blocks, self.settings.block_size
+        carried = pool.marks._of
+        assert self.told == {mark for marks in carried.values() for mark in marks} == set(self.scheduler.marks)
+        for block, marks in carried.items():
+            assert 0 < len(marks) == len(set(marks)) <= 16
+            for mark in marks:
+                assert pool._key[block] in self._places[mark]
+        for sequence in self.scheduler._running:
+            for depth, mark in sequence.request.marks:
+                index = (depth - 1) // size
+                if index >= sequence.published or not self.settings.prefix_cache:
+                    break
+                block = sequence.blocks[index]
+                if pool._key[block] is not None:  # else another's block is the cached one
+                    assert mark in carried[block] or len(carried[block]) == 16
+
     def _deliver(self, outputs: Outputs) -> None:
         self.outputs.append(outputs)
         for id_, cached in outputs.cached:
@@ -366,6 +428,7 @@ class Harness:
         for sequence in running:  # what more than one holds is full, and was found in the cache
             own = sequence.blocks[sequence.published :]
             assert all(held[block] == 1 for block in own)
+        self._check_marks()
         lanes = [s for lane in scheduler._lanes._lanes for s in lane.sequences]
         assert len(lanes) == len({s.id for s in lanes})
         assert all(s.slot >= 0 for s in lanes)

@@ -53,6 +53,8 @@ class Traces(RuleBasedStateMachine):
         run_timeout=st.sampled_from([0.0, 0.0, 5.0]),
         logprobs=st.sampled_from([-1, -1, 0, 2]),
         prompt_logprobs=st.sampled_from([-1, -1, 1]),
+        stride=st.sampled_from([0, 0, 1, 3, 4]),
+        shift=st.integers(-3, 3),
         copies=st.sampled_from([1, 1, 1, 3]),
     )
     def submit(self, prompt: list[int], like: tuple[int, int] | None, copies: int, **fields: object) -> None:
@@ -158,6 +160,8 @@ def random_trace(seed: int) -> Harness:
                     run_timeout=rng.choice([0.0, 0.0, 0.0, 40.0]),
                     logprobs=rng.choice([-1, -1, -1, 1]),
                     prompt_logprobs=rng.choice([-1, -1, -1, -1, 0]),
+                    stride=rng.choice([0, 1, 2, 5]),
+                    shift=rng.choice([0, 0, -4, 2]),
                 )
         for _ in range(rng.randint(0, 4)):
             harness.schedule()
@@ -178,7 +182,7 @@ def random_trace(seed: int) -> Harness:
 
 def test_random_traces(campaign: int, seed: int) -> None:
     """Each is named by its seed: `random_trace(seed)` plays it again."""
-    preemptions = cached = 0
+    preemptions = cached = forgotten = 0
     ends: set[str] = set()
     for trace in range(seed, seed + 400 * campaign):
         try:
@@ -188,10 +192,12 @@ def test_random_traces(campaign: int, seed: int) -> None:
             raise
         preemptions += harness.scheduler.stats.preemptions
         cached += harness.scheduler.stats.cached_tokens
+        forgotten += harness.forgotten
         ends.update(harness.ended.values())
     # The traces are worth something only if they get into trouble.
     assert preemptions > 500 * campaign
     assert cached > 500 * campaign
+    assert forgotten > 500 * campaign
     assert ends == {"stop", "length", "abort", "timeout"} | {
         f"refused: {code}" for code in ("invalid", "too_long", "queue_full", "timeout")
     }

@@ -158,6 +158,7 @@ class Rank:
                 kv_blocks_used=status.kv_blocks_used,
                 recoveries=status.recoveries,
                 draining=scheduler.draining,
+                run=status.run,
             )
 
         engine = Engine(scheduler, Model(settings.max_context, stage.shape.vocab_size), publish)

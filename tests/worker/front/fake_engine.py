@@ -22,6 +22,7 @@ from arriero_worker.engine.messages import (
     Model,
     Outputs,
     Phase,
+    PrefixNews,
     RankStatus,
     Refusal,
     RefusalCode,
@@ -85,6 +86,8 @@ class FakeEngine:
     submitted: list[EngineRequest] = field(default_factory=list)
     aborted: list[int] = field(default_factory=list)
     drained: bool = False
+    run: int = 1
+    marks: set[int] = field(default_factory=set)
     steps: int = 0
 
     def __post_init__(self) -> None:
@@ -131,6 +134,10 @@ class FakeEngine:
         self.phase = phase
         self._send(self.status())
 
+    def tell_marks(self, added: set[int], removed: set[int], reset: bool = False) -> None:
+        self.marks = ((set() if reset else self.marks) | added) - removed
+        self._send(PrefixNews(reset, list(added), list(removed), self.run))
+
     def status(self) -> EngineStatus:
         return EngineStatus(
             phase=self.phase,
@@ -142,6 +149,7 @@ class FakeEngine:
             steps=self.steps,
             generated_tokens=self.steps,
             ranks=[RankStatus(0, 0, self.phase, 3, self.steps, 50, 100, 1 << 20)],
+            run=self.run,
         )
 
     # -- inside
@@ -150,6 +158,7 @@ class FakeEngine:
         self._writers.add(writer)
         frames = FrameReader()
         try:
+            writer.write(encode_frame(PrefixNews(True, list(self.marks), [], self.run)))
             writer.write(encode_frame(self.status()))
             while data := await reader.read(1 << 16):
                 for body in frames.feed(data):

@@ -17,6 +17,7 @@ from arriero_worker.engine.messages import (
     Finish,
     Model,
     Outputs,
+    PrefixNews,
     RankStatus,
     Refusal,
     SamplingParams,
@@ -29,7 +30,11 @@ from .replica import Replica
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 REQUEST = EngineRequest(
-    id=2**40, prompt=[1, 2], output=[3], sampling=SamplingParams(max_tokens=4, seed=2**64 - 1, logit_bias={7: -1.5})
+    id=2**40,
+    prompt=[1, 2],
+    output=[3],
+    sampling=SamplingParams(max_tokens=4, seed=2**64 - 1, logit_bias={7: -1.5}),
+    marks=[(1, 2**64 - 1), (2, 0)],
 )
 TO_ENGINE = [Submit([REQUEST, REQUEST]), Abort([1, 2]), Drain()]
 FROM_ENGINE = [
@@ -45,6 +50,7 @@ FROM_ENGINE = [
         [(1, 16)],
     ),
     EngineStatus("Serving", 3, Model(2048, 300), running=1, ranks=[RankStatus(0, 0, "Serving", 3, 9)]),
+    PrefixNews(True, [2**64 - 1, 0], [5], 2**60),
 ]
 
 

@@ -209,6 +209,6 @@ def test_reflection(channel: grpc.Channel) -> None:
         stub.ServerReflectionInfo(iter([request(list_services=""), request(file_containing_symbol=SERVICE)]))
     )
     names = {service.name for service in answers[0].list_services_response.service}
-    assert {SERVICE, "grpc.health.v1.Health"} <= names
+    assert {SERVICE, "arriero.inference.v1.Prefixes", "grpc.health.v1.Health"} <= names
     file = descriptor_pb2.FileDescriptorProto.FromString(answers[1].file_descriptor_response.file_descriptor_proto[0])
     assert [service.name for service in file.service] == ["Inference"]

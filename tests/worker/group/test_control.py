@@ -144,9 +144,11 @@ def test_only_the_leaders_pod_answers_join_run_and_drain(pods: list[Pod]) -> Non
 
 def test_status_tells_every_ranks_truth(pods: list[Pod]) -> None:
     ranks = form(pods)
-    pods[0].memory.write_engine(running=3, waiting=2, kv_blocks=10, kv_blocks_used=4, recoveries=0, draining=False)
     stream = pods[0].stub.Status(pb.StatusRequest(), timeout=30)
-    assert next(stream).phase == pb.PHASE_STARTING
+    first = next(stream)
+    assert (first.phase, first.run) == (pb.PHASE_STARTING, "")
+    numbers = {"running": 3, "waiting": 2, "kv_blocks": 10, "kv_blocks_used": 4, "recoveries": 0, "run": 2**60 + 7}
+    pods[0].memory.write_engine(**numbers, draining=False)
     loading = pb.RankStatus(rank=1, pod=1, phase=pb.PHASE_LOADING, bytes_loaded=5, bytes_total=9)
     ranks[0].say(status=pb.RankStatus(rank=0, pod=0, phase=pb.PHASE_SERVING, epoch=1, step=12))
     ranks[1].say(status=loading)
@@ -154,6 +156,7 @@ def test_status_tells_every_ranks_truth(pods: list[Pod]) -> None:
     assert [rank.phase for rank in status.ranks] == [pb.PHASE_SERVING, pb.PHASE_LOADING]
     assert status.ranks[1] == loading
     assert (status.running, status.waiting, status.kv_blocks, status.kv_blocks_used) == (3, 2, 10, 4)
+    assert status.run == str(2**60 + 7)
     ranks[1].say(status=pb.RankStatus(rank=1, pod=1, phase=pb.PHASE_FAILED, reason="model.safetensors is truncated"))
     status = next(s for s in stream if s.phase == pb.PHASE_FAILED)
     assert status.reason == "model.safetensors is truncated"

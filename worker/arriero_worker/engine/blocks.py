@@ -19,6 +19,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
 
+from arriero_worker.engine.marks import Marks
+
 _SECRET = secrets.token_bytes(32)
 _KEY_BYTES = 16
 
@@ -46,10 +48,12 @@ def extend_keys(keys: list[bytes], tokens: array[int], block_size: int, count: i
 class BlockPool:
     """The blocks 0 .. `size` - 1 of one replica; every rank holds the same ids."""
 
-    __slots__ = ("_cached", "_free", "_idle", "_key", "_references", "size")
+    __slots__ = ("_cached", "_free", "_idle", "_key", "_references", "marks", "size")
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, marks_per_block: int = 16) -> None:
         self.size = size
+        self.marks = Marks(marks_per_block)
+        """Of the cached blocks."""
         self.reset()
 
     def reset(self) -> None:
@@ -60,6 +64,7 @@ class BlockPool:
         self._cached: dict[bytes, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
         """Cached blocks that nobody holds, least recently used first."""
+        self.marks.reset()
 
     @property
     def available(self) -> int:
@@ -83,6 +88,7 @@ class BlockPool:
                 assert key is not None
                 del self._cached[key]
                 self._key[block] = None
+                self.marks.drop(block)
             self._references[block] = 1
             blocks.append(block)
         return blocks
@@ -118,6 +124,12 @@ class BlockPool:
         if key not in self._cached:
             self._cached[key] = block
             self._key[block] = key
+
+    def mark(self, key: bytes, mark: int) -> None:
+        """Let the cached block of `key` carry a mark; without effect where there is none."""
+        block = self._cached.get(key)
+        if block is not None:
+            self.marks.attach(block, mark)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Give back what one sequence held, its last block first: a prefix outlives what continues it."""

@@ -24,6 +24,7 @@ from arriero_worker.engine.messages import (
     Model,
     Outputs,
     Phase,
+    PrefixNews,
     RankStatus,
     Submit,
     ToEngine,
@@ -85,6 +86,8 @@ class Engine:
         self._phase: Phase = "Joining"
         self._told = 0.0
         self._live: set[int] = set()
+        self.run = time.time_ns()
+        """Names this life of the engine and its prefix cache."""
         self.ranks: list[RankStatus] = []
         """Each rank's truth as last heard; replaced as a whole, by another thread."""
 
@@ -130,6 +133,7 @@ class Engine:
                 elif self._scheduler.has_work:
                     self._scheduler.expire()
                 self._answer(self._scheduler.take_events())
+                self._tell_marks()
                 self._tell()
         except Exception:
             # A leader without its loop is lost: end the process, and the supervisor starts it again.
@@ -180,6 +184,8 @@ class Engine:
                 self._enter(self._phase)
             case _FacesCame():
                 self._told = 0.0
+                self._scheduler.take_mark_news()
+                self._send(PrefixNews(True, list(self._scheduler.marks), [], self.run))
             case _FacesGone():
                 self._scheduler.abort(sorted(self._live))
                 self._live.clear()
@@ -190,6 +196,11 @@ class Engine:
         self._live.difference_update(finish.id for finish in outputs.finished)
         self._live.difference_update(refusal.id for refusal in outputs.refused)
         self._send(outputs)
+
+    def _tell_marks(self) -> None:
+        news = self._scheduler.take_mark_news()
+        if news is not None:
+            self._send(PrefixNews(news.reset, news.added, news.removed, self.run))
 
     def _enter(self, phase: Phase) -> None:
         self._phase = phase
@@ -216,6 +227,7 @@ class Engine:
             steps=self._steps,
             recoveries=self._recoveries,
             ranks=self.ranks,
+            run=self.run,
         )
         self._publish(status)
         self._send(status)

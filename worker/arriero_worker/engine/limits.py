@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from arriero_worker.engine.messages import EngineRequest
 
@@ -55,6 +56,9 @@ class SchedulerSettings:
 def invalid(request: EngineRequest, settings: SchedulerSettings) -> str:
     """What is wrong with the request's values, in one sentence; empty: nothing."""
     sampling = request.sampling
+    depths = [depth for depth, _mark in request.marks]
+    if depths and (depths[0] < 1 or depths[-1] > len(request.prompt) or any(a > b for a, b in pairwise(depths))):
+        return "the depths of the marks must lie in the prompt and never fall"
     if not request.prompt and not request.output:
         return "the prompt is empty"
     if sampling.max_tokens < 1:

@@ -67,6 +67,10 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Seconds from submission to its last token; 0: no limit. Ends with finish reason `timeout`."""
     cache_salt: str = ""
     """Prefix blocks are shared only between requests of the same salt."""
+    marks: list[tuple[int, int]] = []
+    """(depth, mark), depths from 1 to the prompt's length and never falling: the mark names a prefix of the prompt's
+    text, which is in its first `depth` tokens.
+    """
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -122,6 +126,17 @@ class Outputs(msgspec.Struct, tag=True, array_like=True):
     """(request id, prompt tokens found in the prefix cache), once, when its first chunk was scheduled."""
 
 
+class PrefixNews(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Marks that came into the prefix cache and left it: on connection the whole set, then what each step changed."""
+
+    reset: bool
+    """Forget all that was told before: `added` is all there is."""
+    added: list[int]
+    removed: list[int]
+    run: int
+    """As in EngineStatus."""
+
+
 class Model(msgspec.Struct, frozen=True, array_like=True):
     """What the faces must know of the model behind the engine."""
 
@@ -161,6 +176,8 @@ class EngineStatus(msgspec.Struct, tag=True, array_like=True):
     """How often the group re-formed after a lost rank."""
     ranks: list[RankStatus] = []
     reason: str = ""
+    run: int = 0
+    """When the engine was started, in nanoseconds since 1970: it names this life of it."""
 
 
 class Drain(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -168,4 +185,4 @@ class Drain(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 ToEngine = Submit | Abort | Drain
-FromEngine = Outputs | EngineStatus
+FromEngine = Outputs | EngineStatus | PrefixNews

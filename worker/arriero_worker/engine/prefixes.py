@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from arriero_worker.engine.blocks import BlockPool, extend_keys, next_key
-from arriero_worker.engine.sequence import Sequence
+from arriero_worker.engine.sequence import NEVER, Sequence
 
 
 class Prefixes:
@@ -43,7 +43,9 @@ class Prefixes:
         return None if 2 * coming * size > len(tokens) - len(cached) * size else cached
 
     def promise(self, sequence: Sequence) -> None:
-        """It was admitted and will compute what it did not find."""
+        """It was admitted and will compute what it did not find. What it found is in its words, too, from now on."""
+        if sequence.published * self._block_size >= sequence.mark_depth:
+            self._mark(sequence)
         for key in sequence.keys[sequence.published :]:
             self._promised.setdefault(key, sequence)
 
@@ -59,6 +61,8 @@ class Prefixes:
             if self._promised:
                 self._forget(sequence, start, stop)
             sequence.published = stop
+            if stop * self._block_size >= sequence.mark_depth:
+                self._mark(sequence)
 
     def publish_grown(self, grown: list[tuple[Sequence, int]]) -> None:
         """`publish` for those of (sequence, run) that still run: in a decode step, one new full block each.
@@ -73,8 +77,9 @@ class Prefixes:
                 continue
             index, keys, tokens = sequence.published, sequence.keys, sequence.tokens
             start = index * size
-            if index and len(keys) == index and start + size < len(tokens) <= start + 2 * size:
-                key = next_key(keys[-1], tokens[start : start + size].tobytes())
+            end = start + size
+            if index and len(keys) == index and end < len(tokens) <= end + size and end < sequence.mark_depth:
+                key = next_key(keys[-1], tokens[start:end].tobytes())
                 keys.append(key)
                 put(key, sequence.blocks[index])
                 sequence.published = index + 1
@@ -84,6 +89,21 @@ class Prefixes:
     def abandon(self, sequence: Sequence) -> None:
         """It leaves its slot: what it has not published it will not."""
         self._forget(sequence, sequence.published, len(sequence.keys))
+
+    def _mark(self, sequence: Sequence) -> None:
+        """Put those of its marks on their blocks that lie in what it has published, found ones included."""
+        marks, keys, size = sequence.request.marks, sequence.keys, self._block_size
+        end = sequence.published * size
+        at = sequence.marked
+        for depth, mark in marks[at:] if at else marks:
+            if depth > end:
+                sequence.mark_depth = depth
+                break
+            self._pool.mark(keys[(depth - 1) // size], mark)
+            at += 1
+        else:
+            sequence.mark_depth = NEVER
+        sequence.marked = at
 
     def _forget(self, sequence: Sequence, start: int, stop: int) -> None:
         for key in sequence.keys[start:stop]:

@@ -20,13 +20,14 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
 from arriero_worker.engine.blocks import BlockPool
 from arriero_worker.engine.issued import Issued
 from arriero_worker.engine.lanes import Lanes
 from arriero_worker.engine.limits import SchedulerSettings, invalid, too_long
+from arriero_worker.engine.marks import MarkNews
 from arriero_worker.engine.messages import EngineRequest, Finish, FinishReason, Outputs, Refusal
 from arriero_worker.engine.prefixes import Prefixes
 from arriero_worker.engine.queue import Deadlines, Ordered
@@ -36,6 +37,7 @@ from arriero_worker.engine.step import Admit, Chunk, Grow, StepPlan, StepResult
 __all__ = ["Scheduler", "SchedulerSettings", "Stats"]
 
 _append = array.append
+_MARKS_PER_BLOCK = 16  # several times what one prompt puts there: the faces send no more than one for 4 tokens
 _LOSSES = 5  # epochs that may end under a sequence without a token gained
 
 
@@ -63,7 +65,7 @@ class Scheduler:
     def __init__(self, settings: SchedulerSettings, clock: Callable[[], float]) -> None:
         self.settings = settings
         self._clock = clock
-        self._blocks = BlockPool(settings.kv_blocks)
+        self._blocks = BlockPool(settings.kv_blocks, max(_MARKS_PER_BLOCK, settings.block_size // 2))
         self._prefixes = Prefixes(self._blocks, settings.block_size, settings.prefix_cache)
         self._living: dict[int, Sequence] = {}
         self._waiting = Ordered()
@@ -225,6 +227,15 @@ class Scheduler:
         outputs = Outputs(self._last_committed, [], [])
         self._hand_over(outputs)
         return outputs
+
+    def take_mark_news(self) -> MarkNews | None:
+        """Which marks of requests came into the prefix cache and left it since the last call; None: none did."""
+        return self._blocks.marks.take()
+
+    @property
+    def marks(self) -> Collection[int]:
+        """All marks of requests whose blocks are in the prefix cache."""
+        return self._blocks.marks.held
 
     def expire(self) -> None:
         """End what has waited or run past its time-out."""

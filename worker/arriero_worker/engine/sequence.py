@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,9 @@ from arriero_worker.engine.messages import EngineRequest
 
 if TYPE_CHECKING:
     from arriero_worker.engine.lanes import Lane
+
+
+NEVER = sys.maxsize
 
 
 class Sequence:
@@ -26,6 +30,8 @@ class Sequence:
         "limit",
         "losses",
         "lost_at",
+        "mark_depth",
+        "marked",
         "needs",
         "order",
         "origin",
@@ -82,6 +88,10 @@ class Sequence:
         self.blocks: list[int] = []
         self.published = 0
         """Its first blocks that are cached, or whose content was cached already."""
+        self.marked = 0
+        """Its first marks that its published blocks were given."""
+        self.mark_depth = self.request.marks[0][0] if self.request.marks else NEVER
+        """Tokens that must be published for the next one; NEVER: there is none."""
         self.target = 0
         """Tokens known at admission: prefill ends there."""
         self.planned = 0

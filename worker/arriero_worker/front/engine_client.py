@@ -14,10 +14,12 @@ from arriero_worker.engine.messages import (
     EngineStatus,
     Finish,
     Outputs,
+    PrefixNews,
     Refusal,
     Submit,
     TokenLogprobs,
 )
+from arriero_worker.front.marks import MarkFeed
 
 log = logging.getLogger("arriero.engine-client")
 
@@ -143,6 +145,8 @@ class EngineClient:
         self.status: EngineStatus | None = None
         self.last_status: EngineStatus | None = None
         """The latest status of any connection: counters survive here while the engine is away."""
+        self.marks = MarkFeed()
+        """Which prefixes its cache holds; empty while the engine is away."""
         self._path = path
         self._on_status = on_status
         self._max_retry = max_retry
@@ -233,6 +237,7 @@ class EngineClient:
         for submission in submissions:
             submission._index.clear()
             submission._fail(EngineGone("the engine went away"))
+        self.marks.clear()
         self._set_status(None)
 
     def _set_status(self, status: EngineStatus | None) -> None:
@@ -246,6 +251,8 @@ class EngineClient:
         message = decode_from_engine(body)
         if isinstance(message, Outputs):
             self._outputs(message)
+        elif isinstance(message, PrefixNews):
+            self.marks.apply(message)
         else:
             self._set_status(message)
 

@@ -1,4 +1,4 @@
-"""The gRPC face: arriero.inference.v1.Inference, standard health and reflection."""
+"""The gRPC face: arriero.inference.v1.Inference, Prefixes beside it, standard health and reflection."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from arriero.inference.v1 import inference_pb2 as pb
 from arriero_faces.http.errors import HttpError
 from arriero_faces.http.server import ANY, HttpLimits
+from arriero_faces.prefix import grpc_marks
 from arriero_faces.resume import Resume, parse_resume
 from arriero_worker.engine.messages import TokenLogprobs
+from arriero_worker.front import grpc_prefixes
 from arriero_worker.front.answer import Piece
+from arriero_worker.front.grpc_calls import CODES, abort, parsed, write
 from arriero_worker.front.run import Generation, Run
 from arriero_worker.front.sampling import SamplingFields, bounded, refuse
 from arriero_worker.front.service import Service
@@ -31,15 +33,6 @@ _T = TypeVar("_T")
 SERVICE = "arriero.inference.v1.Inference"
 _MAX_METADATA = 2 * 1024 * 1024
 _MAX_MESSAGE = 4 * 1024 * 1024
-_CODES = {
-    400: grpc.StatusCode.INVALID_ARGUMENT,
-    404: grpc.StatusCode.NOT_FOUND,
-    408: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    503: grpc.StatusCode.UNAVAILABLE,
-    504: grpc.StatusCode.DEADLINE_EXCEEDED,
-}
 _FINISH = {
     None: pb.FINISH_REASON_UNSPECIFIED,
     "stop": pb.FINISH_REASON_STOP,
@@ -58,6 +51,7 @@ class GrpcFace:
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._inference = _Inference(service, limits.stall_seconds)
+        self._prefixes = grpc_prefixes.Prefixes(service, limits.stall_seconds)
         self._serving: asyncio.Task[None] | None = None
 
     @property
@@ -80,9 +74,9 @@ class GrpcFace:
             ],
             maximum_concurrent_rpcs=self._limits.max_connections,
         )
-        server.add_generic_rpc_handlers((self._inference.handler(),))
+        server.add_generic_rpc_handlers((self._inference.handler(), self._prefixes.handler()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (SERVICE, grpc_prefixes.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         await self.set_serving(False)
         host = "[::]" if address in ANY else f"[{address}]" if ":" in address else address
@@ -118,7 +112,7 @@ class GrpcFace:
 
 
 class _Inference:
-    """The service's methods. They parse their requests themselves: grpc.aio would call garbage an UNKNOWN error."""
+    """The service's methods."""
 
     def __init__(self, service: Service, stall_seconds: float) -> None:
         self._service = service
@@ -136,19 +130,19 @@ class _Inference:
 
     async def Generate(self, data: bytes, context: Any) -> None:
         async def call() -> None:
-            await self._generate(_parsed(pb.GenerateRequest, data), context)
+            await self._generate(parsed(pb.GenerateRequest, data), context)
 
         await self._guarded("Generate", context, call)
 
     async def Tokenize(self, data: bytes, context: Any) -> pb.TokenizeResponse:
         async def call() -> pb.TokenizeResponse:
-            return await self._tokenize(_parsed(pb.TokenizeRequest, data))
+            return await self._tokenize(parsed(pb.TokenizeRequest, data))
 
         return await self._guarded("Tokenize", context, call)
 
     async def GetModel(self, data: bytes, context: Any) -> pb.GetModelResponse:
         async def call() -> pb.GetModelResponse:
-            return self._get_model(_parsed(pb.GetModelRequest, data))
+            return self._get_model(parsed(pb.GetModelRequest, data))
 
         return await self._guarded("GetModel", context, call)
 
@@ -161,15 +155,14 @@ class _Inference:
             status = "OK"
             return result
         except HttpError as error:
-            code = _CODES.get(error.status, grpc.StatusCode.INTERNAL)
-            status = code.name
-            await _abort(context, code, error)
+            status = CODES.get(error.status, grpc.StatusCode.INTERNAL).name
+            await abort(context, error)
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception:
             status = "INTERNAL"
             log.exception("failed on %s", method)
-            await _abort(context, grpc.StatusCode.INTERNAL, HttpError(500, "the server failed on this request"))
+            await abort(context, HttpError(500, "the server failed on this request"))
         finally:
             self.running -= 1
             self._service.metrics.request("grpc", method, status)
@@ -227,22 +220,15 @@ class _Inference:
         try:
             pieces = await run.next()
             if not pieces:
-                await self._write(context, shape.usage_alone())
+                await write(context, shape.usage_alone(), self._stall)
             while pieces:
                 over = run.over
                 for at, piece in enumerate(pieces, 1):
-                    await self._write(context, shape.response(piece, over and at == len(pieces)))
+                    # While the client does not take it, output gathers in the Run (bounded).
+                    await write(context, shape.response(piece, over and at == len(pieces)), self._stall)
                 pieces = [] if over else await run.next()
         finally:
             run.close()
-
-    async def _write(self, context: Any, response: pb.GenerateResponse) -> None:
-        """Raises HttpError where the client does not take it in time; meanwhile output gathers in the Run (bounded)."""
-        try:
-            async with asyncio.timeout(self._stall):
-                await context.write(response)
-        except TimeoutError as error:
-            raise HttpError(408, f"the client took nothing for {self._stall:g} s") from error
 
     async def _generation(self, request: pb.GenerateRequest, resume: Resume) -> tuple[Generation, str]:
         service = self._service
@@ -270,17 +256,11 @@ class _Inference:
             stop=fields.stop,
             priority=request.priority,
             cache_salt=request.cache_salt,
+            marked=grpc_marks(request),
             queue_timeout=request.queue_timeout_seconds,
             resume=resume,
         )
         return generation, echo if request.echo and resume.answers is None else ""
-
-
-def _parsed(kind: type[_T], data: bytes) -> _T:
-    try:
-        return kind.FromString(data)  # type: ignore[attr-defined,no-any-return]
-    except DecodeError as error:
-        raise HttpError(400, f"the request is not a {kind.__name__}") from error
 
 
 def _fields(parameters: pb.SamplingParameters) -> SamplingFields:
@@ -323,12 +303,6 @@ def _tools(conversation: pb.Conversation) -> list[dict[str, Any]]:
 
 def _text(value: str | bytes | None) -> str | None:
     return value.decode("latin-1") if isinstance(value, bytes) else value
-
-
-async def _abort(context: Any, code: grpc.StatusCode, error: HttpError) -> NoReturn:
-    trailing = [(name, value) for name, value in error.header_lines() if name == "retry-after"]
-    await context.abort(code, error.message, tuple(trailing))
-    raise AssertionError("abort raises")
 
 
 class _Responses:

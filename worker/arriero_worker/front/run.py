@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from arriero_faces.http.errors import HttpError
+from arriero_faces.prefix import NOTHING, Marked
 from arriero_faces.resume import TOKENS, Resume, Resumed
 from arriero_worker.engine.messages import EngineRequest, Refusal, SamplingParams
 from arriero_worker.front.answer import Answer, AnswerRules, Piece
 from arriero_worker.front.engine_client import ConsumerTooSlow, Delta, EngineGone, Submission
+from arriero_worker.front.marks import mark_depths
 
 if TYPE_CHECKING:
     from arriero_worker.front.service import Service
@@ -34,6 +36,8 @@ class Generation:
     tools: frozenset[str] | None = None
     priority: int = 0
     cache_salt: str = ""
+    marked: Marked = NOTHING
+    """Of the only prompt; with several there are no marks."""
     queue_timeout: float = 0.0
     resume: Resume = field(default_factory=Resume)
     arrived: float = field(default_factory=time.monotonic)
@@ -80,6 +84,7 @@ class Run:
                 f"{TOKENS}: {len(resumed)} groups of tokens for {count} answers",
                 param=TOKENS,
             )
+        marks = mark_depths(generation.marked, len(generation.prompts[0])) if launch.engine.prefix_cache else []
         requests = []
         ids = self._service.client.allocate(count)
         for index in range(count):
@@ -103,8 +108,10 @@ class Run:
                     queue_timeout=generation.queue_timeout or launch.engine.queue_timeout_seconds,
                     run_timeout=launch.engine.run_timeout_seconds,
                     cache_salt=generation.cache_salt,
+                    marks=marks,
                 )
             )
+            marks = []  # the other answers share its prompt, and so its blocks
         return requests
 
     def _resume(self, answer: Answer, was: Resumed) -> bool:

@@ -250,7 +250,7 @@ class Control(worker_pb2_grpc.WorkerServicer):
                 self._changed.wait(0.25)
 
     def status(self) -> pb.StatusResponse:
-        running, waiting, blocks, used, recoveries, draining = self._memory.read_engine()
+        running, waiting, blocks, used, recoveries, run, draining = self._memory.read_engine()
         ranks = self._rank_statuses()
         phase = min((rank.phase for rank in ranks), default=pb.PHASE_STARTING)
         failed = next((rank for rank in ranks if rank.phase == pb.PHASE_FAILED), None)
@@ -269,6 +269,7 @@ class Control(worker_pb2_grpc.WorkerServicer):
             kv_blocks_used=used,
             recoveries=recoveries,
             reason=reason,
+            run=str(run or ""),
         )
 
     def _rank_statuses(self) -> list[pb.RankStatus]:

@@ -22,7 +22,7 @@ from arriero_worker.engine.messages import Phase, RankStatus
 PHASES: tuple[Phase, ...] = get_args(Phase)
 _REASON_BYTES = 400
 _RANK_BYTES = 512
-_ENGINE = struct.Struct("<6q")
+_ENGINE = struct.Struct("<7q")
 _RANK = struct.Struct("<q5qqd")  # phase, epoch, step, loaded, total, memory, heartbeat (monotonic ns), phase since
 
 RING_BYTES = 8 << 20
@@ -67,12 +67,21 @@ class PodMemory:
             self._aborted.value = epoch
 
     def write_engine(
-        self, *, running: int, waiting: int, kv_blocks: int, kv_blocks_used: int, recoveries: int, draining: bool
+        self,
+        *,
+        running: int,
+        waiting: int,
+        kv_blocks: int,
+        kv_blocks_used: int,
+        recoveries: int,
+        draining: bool,
+        run: int = 0,
     ) -> None:
-        _ENGINE.pack_into(self.map, 1024, running, waiting, kv_blocks, kv_blocks_used, recoveries, int(draining))
+        numbers = (running, waiting, kv_blocks, kv_blocks_used, recoveries, run, int(draining))
+        _ENGINE.pack_into(self.map, 1024, *numbers)
 
-    def read_engine(self) -> tuple[int, int, int, int, int, int]:
-        """running, waiting, kv_blocks, kv_blocks_used, recoveries, draining."""
+    def read_engine(self) -> tuple[int, int, int, int, int, int, int]:
+        """running, waiting, kv_blocks, kv_blocks_used, recoveries, run, draining."""
         return _ENGINE.unpack_from(self.map, 1024)
 
     def write_rank(self, index: int, status: RankStatus, since: float) -> None:

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from arriero_faces.http.exchange import Exchange
+from arriero_faces.prefix import fields_of
 from arriero_faces.resume import Resume
 from arriero_worker.engine.messages import TokenLogprobs
 from arriero_worker.front.answer import Piece
@@ -42,7 +43,7 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
     check_neutral(request)
     model = service.resolve_model(request.model)
     resume = resume_of(exchange, service)
-    generation, echo = await _generation(service, request, resume)
+    generation, echo = await _generation(service, request, exchange.body, resume)
     generation.arrived = arrived
     identity = Identity(exchange, "chatcmpl", model, resume)
     run = service.generate(generation)
@@ -60,7 +61,7 @@ async def chat_completions(service: Service, exchange: Exchange) -> None:
         run.close()
 
 
-async def _generation(service: Service, request: ChatRequest, resume: Resume) -> tuple[Generation, str]:
+async def _generation(service: Service, request: ChatRequest, body: bytes, resume: Resume) -> tuple[Generation, str]:
     """The checked request, and the text to put in front of the answers (echo)."""
     fields = sampling_fields(request)
     if request.max_completion_tokens is not None:
@@ -96,6 +97,7 @@ async def _generation(service: Service, request: ChatRequest, resume: Resume) ->
         tools=frozenset(tool["function"]["name"] for tool in tools) if tools else None,
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
+        marked=fields_of(body).chat(),
         resume=resume,
     )
     return generation, last["content"] if request.echo and last["role"] == "assistant" and last["content"] else ""

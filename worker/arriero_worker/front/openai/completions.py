@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from arriero_faces.http.exchange import Exchange
+from arriero_faces.prefix import fields_of
 from arriero_faces.resume import Resume
 from arriero_worker.engine.messages import TokenLogprobs
 from arriero_worker.front.answer import Piece
@@ -39,7 +40,7 @@ async def completions(service: Service, exchange: Exchange) -> None:
     check_neutral(request)
     model = service.resolve_model(request.model)
     resume = resume_of(exchange, service)
-    generation, texts = await _generation(service, request, resume)
+    generation, texts = await _generation(service, request, exchange.body, resume)
     generation.arrived = arrived
     identity = Identity(exchange, "cmpl", model, resume)
     shape = Shape(service.tokenizer.vocabulary, identity, request, generation, texts)
@@ -55,7 +56,7 @@ async def completions(service: Service, exchange: Exchange) -> None:
 
 
 async def _generation(
-    service: Service, request: CompletionRequest, resume: Resume
+    service: Service, request: CompletionRequest, body: bytes, resume: Resume
 ) -> tuple[Generation, list[str] | None]:
     """The checked request, and the prompts' texts where they are echoed."""
     fields = sampling_fields(request)
@@ -90,6 +91,7 @@ async def _generation(
         show_special=request.skip_special_tokens is False,
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
+        marked=fields_of(body).text(),
         resume=resume,
     )
     return generation, texts if request.echo else None
