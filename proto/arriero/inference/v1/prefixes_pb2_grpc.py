@@ -28,9 +28,9 @@ if _version_not_supported:
 class PrefixesStub:
     """Served beside Inference on a replica's gRPC port.
 
-    Prefixes are told as marks: a mark is a 64-bit number that names the first (i + 1) * 256 bytes of a request's prompt as it was sent, so that
-    whoever reads a request can tell, without a tokenizer, how much of it a replica holds. How marks are computed is written in docs/api.md. A
-    request's first n marks being in the set means that about the first n * 256 bytes of its prompt are in the cache.
+    Prefixes are told as marks: 64-bit numbers that name the first 256 bytes of a request's prompt as it was sent, the first 512, and so on.
+    So whoever reads a request can tell, without a tokenizer, how much of it a replica holds: if the first n of its marks are in the set, about
+    the first n * 256 bytes of its prompt are in the cache. How marks are computed is written in docs/api.md.
     """
 
     def __init__(self, channel):
@@ -49,9 +49,9 @@ class PrefixesStub:
 class PrefixesServicer:
     """Served beside Inference on a replica's gRPC port.
 
-    Prefixes are told as marks: a mark is a 64-bit number that names the first (i + 1) * 256 bytes of a request's prompt as it was sent, so that
-    whoever reads a request can tell, without a tokenizer, how much of it a replica holds. How marks are computed is written in docs/api.md. A
-    request's first n marks being in the set means that about the first n * 256 bytes of its prompt are in the cache.
+    Prefixes are told as marks: 64-bit numbers that name the first 256 bytes of a request's prompt as it was sent, the first 512, and so on.
+    So whoever reads a request can tell, without a tokenizer, how much of it a replica holds: if the first n of its marks are in the set, about
+    the first n * 256 bytes of its prompt are in the cache. How marks are computed is written in docs/api.md.
     """
 
     def Watch(self, request, context):
@@ -82,9 +82,9 @@ def add_PrefixesServicer_to_server(servicer, server):
 class Prefixes:
     """Served beside Inference on a replica's gRPC port.
 
-    Prefixes are told as marks: a mark is a 64-bit number that names the first (i + 1) * 256 bytes of a request's prompt as it was sent, so that
-    whoever reads a request can tell, without a tokenizer, how much of it a replica holds. How marks are computed is written in docs/api.md. A
-    request's first n marks being in the set means that about the first n * 256 bytes of its prompt are in the cache.
+    Prefixes are told as marks: 64-bit numbers that name the first 256 bytes of a request's prompt as it was sent, the first 512, and so on.
+    So whoever reads a request can tell, without a tokenizer, how much of it a replica holds: if the first n of its marks are in the set, about
+    the first n * 256 bytes of its prompt are in the cache. How marks are computed is written in docs/api.md.
     """
 
     @staticmethod
