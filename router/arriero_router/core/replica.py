@@ -40,13 +40,14 @@ class Replica:
     """Mutable, owned by its `Pool`."""
 
     __slots__ = (
+        "_report",
         "ejected_until",
         "endpoint",
         "failures",
         "in_flight",
+        "others",
         "pending",
         "ready_since",
-        "report",
         "slot",
         "trips",
     )
@@ -55,11 +56,15 @@ class Replica:
         self.endpoint = endpoint
         self.slot = slot
         """A small number that no other present replica of the pool has: its bit in the prefix index."""
-        self.report = Report(ready=False, reason="not heard of yet")
+        self._report = Report(ready=False, reason="not heard of yet")
         self.ready_since = 0.0
         """When it became ready, by the pool's clock."""
         self.in_flight = 0
         """Requests of this process on it."""
+        self.others = 0
+        """Requests of other routers on it: what its last report counted beyond `in_flight`. It stands until the next
+        report, so that what this process sends in between adds to it.
+        """
         self.pending = 0
         """Bytes of prompt, beyond what its cache held, of requests on it whose first token has not come."""
         self.failures = 0
@@ -71,6 +76,15 @@ class Replica:
     @property
     def name(self) -> str:
         return self.endpoint.name
+
+    @property
+    def report(self) -> Report:
+        return self._report
+
+    @report.setter
+    def report(self, report: Report) -> None:
+        self._report = report
+        self.others = max(0, report.running + report.waiting - self.in_flight)
 
     @property
     def eligible(self) -> bool:
