@@ -31,7 +31,7 @@ _MAX_KEYS = 100_000
 _KEY = re.compile(r"[!-~]{16,1024}")
 _NAME = r"^[A-Za-z0-9]([-A-Za-z0-9._@]*[A-Za-z0-9])?$"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_WORDS = {**WORDS, _NAME: "letters, digits and -._@, beginning and ending with a letter or digit"}
+KEY_WORDS = {**WORDS, _NAME: "letters, digits and -._@, beginning and ending with a letter or digit"}
 _BAD_KEY = "expected a string of 16 to 1024 visible ASCII characters"
 
 
@@ -272,14 +272,14 @@ def _in_file(path: str) -> tuple[KeyEntry, ...]:
         raise KeysError(path, ["expected a list of keys"])
     if wrong := [i for i, entry in enumerate(listed) if not isinstance(entry, Mapping)]:
         raise KeysError(path, [f"keys[{i}]: expected a mapping with name and key" for i in wrong])
-    return read_document(KeyFile, data, path, "list of keys", _WORDS, KeysError).keys
+    return read_document(KeyFile, data, path, "list of keys", KEY_WORDS, KeysError).keys
 
 
 def _in_directory(path: str) -> Iterator[KeyEntry]:
     for name in _names(path):
         text = read_file(os.path.join(path, name), KeysError).strip()
         if not re.fullmatch(_NAME, name) or len(name) > 128:
-            raise KeysError(path, [f"{name!r} cannot be a key's name; expected {_WORDS[_NAME]}"])
+            raise KeysError(path, [f"{name!r} cannot be a key's name; expected {KEY_WORDS[_NAME]}"])
         if not _KEY.fullmatch(text):
             raise KeysError(os.path.join(path, name), [_BAD_KEY])
         yield KeyEntry.model_validate({"name": name, "key": text})
