@@ -1,7 +1,8 @@
 """The resume contract: how a stream that broke on another replica is continued here, without a gap or a repetition.
 
-A client (the router) that sends `x-arriero-resume: 1` gets, behind each piece, the token ids of that piece. To
-continue, it sends the same request again with
+A client (the router) that sends `x-arriero-resume: 1` gets, behind each piece, the token ids of that piece; over HTTP
+the answer bears the same header, by which it is known that they will come. To continue, it sends the same request
+again with
 
 - `x-arriero-resume-tokens`: the ids received, comma-separated; for several answers one group each in order of their
   index, separated by `;`. A group ending in `!` had its finish delivered: nothing more is sent for that answer.

@@ -34,12 +34,15 @@ class Connection(asyncio.Protocol):
     def __init__(self, server: HttpServer) -> None:
         self.server = server
         self.blocked = False
+        self.peer = ""
+        """The client's address."""
         self.deadline = _FOREVER
         self._limits = server.limits
         self._transport: asyncio.Transport = None  # type: ignore[assignment]  # set by connection_made, before all else
         self._parser: Any = None
         self._waiting: deque[Exchange] = deque()
         self._running: asyncio.Task[None] | None = None
+        self._answering: Exchange | None = None
         self._writable: asyncio.Future[None] | None = None
         self._buffered = 0
         """Bytes this connection holds of the server's common budget."""
@@ -69,6 +72,8 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from it
+        name = self._transport.get_extra_info("peername")
+        self.peer = str(name[0]) if isinstance(name, tuple) else ""
         self._transport.set_write_buffer_limits(high=self._limits.write_buffer)
         self._parser = httptools.HttpRequestParser(self)
         self.deadline = self.server.now + self._limits.head_seconds
@@ -143,6 +148,8 @@ class Connection(asyncio.Protocol):
             self._next()
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
+        if self._answering is not None and self._answering.on_writable is not None:
+            self._answering.on_writable()
 
     # -- httptools
 
@@ -269,6 +276,7 @@ class Connection(asyncio.Protocol):
         if self._paused and len(self._waiting) < self._limits.max_pipelined // 2:
             self._paused = False
             self._transport.resume_reading()
+        self._answering = exchange
         self._running = self.server.loop.create_task(self._run(exchange))
         self._set_deadline()
 
@@ -292,7 +300,7 @@ class Connection(asyncio.Protocol):
             log.exception("failed on %s %s", exchange.method, exchange.path)
             self._answer_error(exchange, HttpError(500, "the server failed on this request"))
         finally:
-            self._running = None
+            self._running = self._answering = None
             self._release(exchange.held)
         if self._closing:
             return

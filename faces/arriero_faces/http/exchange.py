@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from arriero_faces.http.errors import REASONS, HttpError
@@ -33,6 +34,7 @@ class Exchange:
         "held",
         "keep_alive",
         "method",
+        "on_writable",
         "path",
         "query",
         "refusal",
@@ -67,6 +69,8 @@ class Exchange:
         self.status = 0
         self.refusal: HttpError | None = None
         """Why it is refused without reaching the handler."""
+        self.on_writable: Callable[[], None] | None = None
+        """Called when the client has taken enough of what was written, for writers that do not await `drain`."""
         self._connection = connection
         self._chunked = False
         self._head_only = method == "HEAD"
@@ -106,6 +110,11 @@ class Exchange:
     async def drain(self) -> None:
         """Wait until the client has taken enough of what was written. Raises Disconnected."""
         await self._connection.drained()
+
+    @property
+    def peer(self) -> str:
+        """The client's address."""
+        return self._connection.peer
 
     @property
     def blocked(self) -> bool:

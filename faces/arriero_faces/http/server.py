@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from email.utils import formatdate
@@ -82,10 +83,12 @@ class HttpServer:
         """Bytes of bodies held."""
         return self._unanswered
 
-    async def start(self, listener: socket.socket) -> None:
+    async def start(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> None:
         """Serve on a bound socket, which is the server's from now on."""
         self.loop = asyncio.get_running_loop()
-        self._listeners.append(await self.loop.create_server(lambda: Connection(self), sock=listener, backlog=1024))
+        self._listeners.append(
+            await self.loop.create_server(lambda: Connection(self), sock=listener, backlog=1024, ssl=tls)
+        )
         if self._sweeper is None:
             self._sweep()
 
@@ -141,11 +144,16 @@ class HttpServer:
 ANY = ("", "0.0.0.0", "::")
 
 
-def bind(address: str, port: int) -> socket.socket:
-    """A listening socket on one address, or on all of them, IPv6 included, for one of `ANY`. Raises OSError."""
+def bind(address: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A listening socket on one address, or on all of them, IPv6 included, for one of `ANY`. Raises OSError.
+
+    `shared`: other processes of this user may listen on it, too; the kernel deals connections out (SO_REUSEPORT).
+    """
     if address not in ANY:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        return socket.create_server((address, port), family=family, backlog=1024)
+        return socket.create_server((address, port), family=family, backlog=1024, reuse_port=shared)
     if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-    return socket.create_server(("", port), backlog=1024)
+        return socket.create_server(
+            ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024, reuse_port=shared
+        )
+    return socket.create_server(("", port), backlog=1024, reuse_port=shared)

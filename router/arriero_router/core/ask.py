@@ -28,5 +28,9 @@ class Ask:
     """Tokens it may cost, prompt and answer together, as estimated when it came: the weight in fair queueing."""
     deadline: float = FOREVER
     """When waiting for a replica ends."""
+    begun: bool = False
+    """Its answer was begun by a replica that broke: it goes before others of its tenant and is never turned away for
+    want of room.
+    """
     avoid: set[str] = field(default_factory=set)
     """Names of replicas that broke under this request: taken only where there is no other."""

@@ -14,8 +14,9 @@ from arriero.inference.v1 import prefixes_pb2 as pb
 from arriero.inference.v1 import prefixes_pb2_grpc
 from arriero_router.core.replica import Endpoint
 from arriero_router.endpoints.backoff import Backoff
-from arriero_router.endpoints.channel import Security, describe, open_channel
+from arriero_router.endpoints.channel import Security, describe, knock, open_channel
 
+_CONNECT_SECONDS = 3.0
 log = logging.getLogger("arriero.endpoints")
 
 
@@ -73,6 +74,10 @@ class CacheFollower:
     async def _watch(self) -> bool:
         """One stream to its end; False: the replica does not know the call."""
         endpoint = self._endpoint
+        try:
+            await knock(endpoint.host, endpoint.grpc_port, _CONNECT_SECONDS)
+        except OSError:
+            return True
         async with open_channel(endpoint.host, endpoint.grpc_port, self._security) as channel:
             try:
                 async for message in prefixes_pb2_grpc.PrefixesStub(channel).Watch(pb.WatchRequest()):

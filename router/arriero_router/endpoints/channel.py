@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import socket
 import ssl
 from dataclasses import dataclass
 
@@ -48,6 +51,23 @@ def open_channel(host: str, port: int, security: Security | None = None) -> grpc
         return grpc.aio.insecure_channel(target, options=_OPTIONS)
     named = [("grpc.ssl_target_name_override", security.server_name)] if security.server_name else []
     return grpc.aio.secure_channel(target, security.grpc, options=[*_OPTIONS, *named])
+
+
+async def knock(host: str, port: int, seconds: float) -> None:
+    """Whether anybody listens there: connect, and hang up. Raises OSError (TimeoutError among them).
+
+    Before a call to a replica that may well be down: it costs a tenth of a channel's first try.
+    """
+    async with asyncio.timeout(seconds):
+        transport, _ = await asyncio.get_running_loop().create_connection(asyncio.Protocol, host, port)
+    transport.abort()
+
+
+def unreachable(error: OSError) -> str:
+    """Why nobody could be reached, in a few words."""
+    if isinstance(error, socket.gaierror | ssl.SSLError) or not error.errno:
+        return str(error.strerror or error or "no answer in time")
+    return os.strerror(error.errno)
 
 
 def describe(error: grpc.aio.AioRpcError) -> str:

@@ -40,6 +40,8 @@ from arriero_router.endpoints.slices import SERVICE_LABEL, Ports, endpoints_of
 log = logging.getLogger("arriero.endpoints")
 
 _LIST_SECONDS = 30.0
+# A watch that stood so long was a good one, however quiet.
+_LONG_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +154,7 @@ class KubernetesSource:
                 self._namespace = self._selection.namespace or (folder / "namespace").read_text().strip()
             api_client = client.ApiClient(configuration)
         except Exception as error:  # a malformed file shows itself as whatever the library stumbles over
-            text = " ".join(str(error).split()) or type(error).__name__
-            raise _Trouble(f"no usable credentials for a cluster: {text}") from error
+            raise _Trouble(f"no usable credentials for a cluster: {_words(error)}") from error
         api_client.user_agent = "arriero-router"
         async with api_client:
             yield client.DiscoveryV1Api(api_client)
@@ -165,6 +166,7 @@ class KubernetesSource:
         self._publish(publish)
         due = loop.time() + self._relist
         while (left := due - loop.time()) > 0:
+            begun = loop.time()
             try:
                 async with asyncio.timeout(left):
                     await self._watch(api, left, publish)
@@ -177,6 +179,8 @@ class KubernetesSource:
                 return
             except _Cut as cut:
                 log.debug("%s: the watch was cut: %s", self._what, cut)
+            if loop.time() - begun > _LONG_SECONDS:
+                self._backoff.reset()
             await asyncio.sleep(min(self._backoff.next(), max(0.0, due - loop.time())))
 
     async def _list(self, api: Any) -> None:
@@ -198,11 +202,14 @@ class KubernetesSource:
             if self.error:
                 log.info("%s: followed again", self._what)
                 self.error = ""
-            async for line in response.content:
+            while True:
                 try:
-                    changed = self._take(json.loads(line))
+                    line = await response.content.readline()
+                    changed = bool(line) and self._take(json.loads(line))
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise _Cut(f"a line is no event ({error!r})") from error
+                if not line:
+                    return
                 self._backoff.reset()
                 if changed:
                     self._publish(publish)
@@ -231,21 +238,22 @@ class KubernetesSource:
         """
         import aiohttp
 
-        response = None
         try:
             response = await api.list_namespaced_endpoint_slice_without_preload_content(
                 self._namespace, label_selector=self._selection.labels, _request_timeout=float(seconds), **arguments
             )
+        except Exception as error:  # of the connection, or of the library's way to fresh credentials
+            raise _Cut(_words(error)) from error
+        try:
             if response.status == 410:
                 raise _Gone(f"version {self._version} is forgotten")
             if response.status != 200:
                 raise _Trouble(_refusal(response.status, response.reason or "", await response.read()))
             yield response
         except (aiohttp.ClientError, OSError) as error:
-            raise _Cut(" ".join(str(error).split()) or type(error).__name__) from error
+            raise _Cut(_words(error)) from error
         finally:
-            if response is not None:
-                response.close()
+            response.close()
 
     def _publish(self, publish: Publish) -> None:
         selection = self._selection
@@ -261,6 +269,10 @@ class KubernetesSource:
         self.error = problem
         kept = "no endpoints are known" if self._published is None else "the last list stays"
         log.warning("%s: %s; %s", self._what, problem, kept)
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _require_file(path: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import httptools
 
 from arriero_router.core.replica import Endpoint, Report
-from arriero_router.endpoints.channel import Security
+from arriero_router.endpoints.channel import Security, unreachable
 from arriero_router.endpoints.model import address
 from arriero_router.endpoints.status import Listener
 
@@ -95,7 +95,7 @@ class Probe:
                 except TimeoutError:
                     self._lost(f"no answer within {self._limits.answer:g} s")
                 except (OSError, EOFError) as error:
-                    self._lost(f"cannot be reached: {getattr(error, 'strerror', None) or error}")
+                    self._lost(unreachable(error) if isinstance(error, OSError) else str(error))
                 except (_Refused, httptools.HttpParserError) as error:
                     self._lost(f"no HTTP answer: {error}")
                 await self._pause()

@@ -14,7 +14,7 @@ from arriero.inference.v1 import worker_pb2 as pb
 from arriero.inference.v1 import worker_pb2_grpc
 from arriero_router.core.replica import Endpoint, Report
 from arriero_router.endpoints.backoff import Backoff
-from arriero_router.endpoints.channel import describe, open_channel
+from arriero_router.endpoints.channel import describe, knock, open_channel, unreachable
 from arriero_router.endpoints.model import address
 
 log = logging.getLogger("arriero.endpoints")
@@ -89,7 +89,12 @@ class StatusFollower:
     async def _follow(self) -> str:
         """Follow one stream to its end; returns why it ended."""
         limits = self._limits
-        async with open_channel(self._endpoint.host, self._endpoint.control_port) as channel:
+        host, port = self._endpoint.host, self._endpoint.control_port
+        try:
+            await knock(host, port, limits.answer)
+        except OSError as error:
+            return unreachable(error)
+        async with open_channel(host, port) as channel:
             stub = worker_pb2_grpc.WorkerStub(channel)
             call = stub.Status(pb.StatusRequest())
             heard = False

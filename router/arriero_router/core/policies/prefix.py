@@ -11,17 +11,26 @@ from arriero_router.core.policy import Pick
 from arriero_router.core.prefix_index import PrefixIndex
 from arriero_router.core.replica import Replica
 
-REQUEST = 1024
+MISS = 3
+"""What a byte that must be computed costs, in bytes that wait there before it. One for its own time; but it also holds
+up whatever comes behind, and what it leaves in a full cache puts out something as large, to be computed again. With 1,
+the greedy choice, prefixes spread over all replicas until no cache holds them and the queues grow without end.
+"""
+REQUEST = 256
 """What a request on a replica costs a new one there, in bytes of prompt: its decoding slows every step."""
-MISS = 1.0
-"""What a byte that must be computed costs, in bytes waiting there before it."""
+CROWD = 4096
+"""What each request beyond `EVEN` times the fair part costs: this much more work is worth having to avoid a hot spot.
+Below, differences are mostly chance and old news, and to follow them is to leave a warm cache for nothing.
+"""
+EVEN = 1.2
+"""All four were found with benchmarks/router_policy.py."""
 
 
 class Prefix:
     """Weighs, for each replica, the bytes of prompt that have to be computed there before this request's first token:
-    those of requests before it, and its own beyond what the cache holds. So a prefix stays where it is until the queue
-    there is longer than the prefix; then another replica takes the request and has the prefix as well: what is asked
-    for most ends up on as many replicas as it needs, and there is no hot spot.
+    those of requests before it, and its own beyond what the cache holds; and how many requests are there. So a prefix
+    stays where it is until the queue there is longer than the prefix is worth; then another replica takes the request
+    and has the prefix as well: what is asked for most ends up on as many replicas as it needs, and none is a hot spot.
     """
 
     def __init__(self, index: PrefixIndex, rng: Random) -> None:
@@ -33,20 +42,23 @@ class Prefix:
         self._now = now
         held = self._index.match(ask.marks)
         size = ask.size
+        part = EVEN * sum([replica.in_flight + replica.others for replica in replicas]) / sum(shares)
         best, best_matched = replicas[0], 0
         least = float("inf")
         ties = 1
         for replica, share in zip(replicas, shares, strict=True):
             matched = held.get(replica.slot, 0) if held else 0
-            cost = replica.pending + REQUEST * (replica.in_flight + replica.others) + MISS * (size - CHUNK * matched)
-            cost /= share
+            requests = replica.in_flight + replica.others
+            cost = (replica.pending + REQUEST * requests + MISS * (size - CHUNK * matched)) / share
+            if requests > part * share:
+                cost += CROWD * (requests / share - part)
             if cost > least:
                 continue
-            if cost == least:
-                ties += 1
+            if cost == least and replica.in_flight >= best.in_flight:
                 if replica.in_flight > best.in_flight:
                     continue
-                if replica.in_flight == best.in_flight and self._random() * ties >= 1:
+                ties += 1
+                if self._random() * ties >= 1:
                     continue
             else:
                 ties = 1

@@ -10,7 +10,7 @@ import msgspec
 
 from arriero_faces.http.errors import HttpError
 from arriero_faces.http.exchange import Exchange
-from arriero_faces.resume import Resume, valid_id
+from arriero_faces.resume import HEADER, Resume, valid_id
 from arriero_worker.engine.messages import TokenLogprobs
 from arriero_worker.front.run import Run, Usage
 from arriero_worker.front.text.vocabulary import Vocabulary
@@ -33,7 +33,9 @@ class Identity:
         self.id = resume.id or f"{prefix}-{asked or secrets.token_hex(12)}"
         self.created = resume.created if resume.created is not None else int(time.time())
         self.model = model
-        self.headers = () if asked is None else (("x-request-id", asked),)
+        self.headers: tuple[tuple[str, str], ...] = () if asked is None else (("x-request-id", asked),)
+        if resume.wanted:
+            self.headers += ((HEADER, "1"),)
 
 
 def event(value: Any) -> bytes:

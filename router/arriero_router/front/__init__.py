@@ -1,0 +1,1 @@
+"""The router's faces: bytes in, a replica picked, bytes out."""

@@ -1,0 +1,301 @@
+"""Connections to replicas: HTTP/1.1 kept alive, one request at a time on each, never pipelined."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from typing import Any, Protocol, cast
+
+import httptools
+
+MAX_HEAD = 65536
+
+
+class UpstreamError(Exception):
+    """A replica could not be reached, or broke off."""
+
+
+class Receiver(Protocol):
+    """What comes back for one request: `head`, any number of `body`, then `end`; or `broken` at any point, last.
+
+    `flush` follows each batch of `body` that arrived together.
+    """
+
+    def head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None: ...
+
+    def body(self, data: bytes) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def end(self) -> None: ...
+
+    def broken(self, reason: str, untouched: bool) -> None:
+        """`untouched`: a kept connection turned out to be closed before a byte of an answer came."""
+        ...
+
+
+class Upstream(asyncio.Protocol):
+    """One connection. `send` while it is idle; then the receiver is called until `end` or `broken`."""
+
+    __slots__ = (
+        "_answered",
+        "_body_seen",
+        "_head_bytes",
+        "_headers",
+        "_informational",
+        "_keep",
+        "_parser",
+        "_receiver",
+        "_used",
+        "closed",
+        "heard",
+        "pool",
+        "transport",
+    )
+
+    def __init__(self, pool: UpstreamPool) -> None:
+        self.pool = pool
+        self.transport: asyncio.Transport = None  # type: ignore[assignment]  # set by connection_made, before all else
+        self.closed = False
+        self.heard = 0.0
+        """When bytes last came, by the loop's clock."""
+        self._parser: Any = None
+        self._receiver: Receiver | None = None
+        self._used = False
+        self._answered = False
+        self._keep = False
+        self._body_seen = False
+        self._informational = False
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._head_bytes = 0
+
+    # -- for the front
+
+    def send(self, data: bytes, receiver: Receiver) -> None:
+        assert self._receiver is None
+        self._receiver = receiver
+        self._answered = False
+        self._parser = httptools.HttpResponseParser(self)
+        self.heard = self.pool.loop.time()
+        self.transport.write(data)
+
+    def pause(self) -> None:
+        """Read no further: the client does not take what it was sent."""
+        if not self.closed:
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        if not self.closed and not self.transport.is_reading():
+            self.transport.resume_reading()
+
+    @property
+    def paused(self) -> bool:
+        return not self.closed and not self.transport.is_reading()
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything of the answer has come."""
+        return self._answered
+
+    def give_up(self, reason: str) -> None:
+        """Break off, as if the replica had."""
+        self._break(reason)
+
+    def abandon(self) -> None:
+        """The answer is not wanted any more: the replica sees it by the closed connection."""
+        self._receiver = None
+        self.abort()
+
+    def abort(self) -> None:
+        self.closed = True
+        self.transport.abort()
+
+    @property
+    def busy(self) -> bool:
+        return self._receiver is not None
+
+    # -- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from it
+        self.pool.opened(self)
+
+    def data_received(self, data: bytes) -> None:
+        receiver = self._receiver
+        if receiver is None:
+            self.abort()  # nobody asked
+            return
+        self.heard = self.pool.loop.time()
+        self._answered = True
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._break(f"the replica's answer is not HTTP/1.1 ({type(error).__name__})")
+            return
+        if self._body_seen:
+            self._body_seen = False
+            if self._receiver is receiver:
+                receiver.flush()
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.closed = True
+        self.pool.lost(self)
+        receiver = self._receiver
+        if receiver is None:
+            return
+        # Replicas frame their answers, so a closed connection never ends a whole one.
+        self._break(str(error) if error is not None else "the replica closed the connection")
+
+    def _break(self, reason: str) -> None:
+        receiver, self._receiver = self._receiver, None
+        untouched = self._used and not self._answered
+        self.abort()
+        if receiver is not None:
+            receiver.broken(reason, untouched)
+
+    # -- httptools
+
+    def on_message_begin(self) -> None:
+        if self._receiver is None:
+            return
+        self._headers = []
+        self._head_bytes = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._head_bytes += len(name) + len(value)
+        if self._head_bytes <= MAX_HEAD:
+            self._headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        self._informational = status < 200
+        if self._informational or self._receiver is None:
+            return
+        self._keep = self._parser.should_keep_alive()
+        self._receiver.head(status, self._headers)
+
+    def on_body(self, body: bytes) -> None:
+        if self._receiver is not None:
+            self._body_seen = True
+            self._receiver.body(body)
+
+    def on_message_complete(self) -> None:
+        if self._informational:
+            return
+        receiver = self._receiver
+        if receiver is None:
+            return
+        if self._body_seen:
+            self._body_seen = False
+            receiver.flush()
+        self._receiver = None
+        self._used = True
+        if self._keep and not self.closed:
+            if not self.transport.is_reading():
+                self.transport.resume_reading()
+            self.pool.idle(self)
+        else:
+            self.abort()
+        receiver.end()
+
+
+class UpstreamPool:
+    """The connections to one replica."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        connect_seconds: float = 2.0,
+        max_idle: int = 256,
+        tls: ssl.SSLContext | None = None,
+        server_name: str | None = None,
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.host, self.port = host, port
+        self.authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        """For the Host header."""
+        self._connect_seconds = connect_seconds
+        self._max_idle = max_idle
+        self._tls = tls
+        self._server_name = server_name
+        self._idle: deque[Upstream] = deque()
+        self._open: set[Upstream] = set()
+        self._closed = False
+
+    @property
+    def connections(self) -> int:
+        return len(self._open)
+
+    def lease(self) -> Upstream | None:
+        """An idle connection, the one used last; None: `connect`."""
+        while self._idle:
+            upstream = self._idle.pop()
+            if not upstream.closed and not upstream.transport.is_closing():
+                return upstream
+        return None
+
+    async def connect(self) -> Upstream:
+        """A new connection. Raises UpstreamError."""
+        try:
+            async with asyncio.timeout(self._connect_seconds):
+                _, upstream = await self.loop.create_connection(
+                    lambda: Upstream(self),
+                    self.host,
+                    self.port,
+                    ssl=self._tls,
+                    server_hostname=(self._server_name or self.host) if self._tls is not None else None,
+                )
+        except TimeoutError as error:
+            raise UpstreamError(f"no connection within {self._connect_seconds:g} s") from error
+        except OSError as error:
+            raise UpstreamError(error.strerror or str(error)) from error
+        return upstream
+
+    def close(self, *, busy: bool = False) -> None:
+        """Close idle connections, the others when they become idle, or (`busy`) at once."""
+        self._closed = True
+        for upstream in list(self._open):
+            if busy or not upstream.busy:
+                upstream.abort()
+        self._idle.clear()
+
+    def sweep(self, now: float, *, idle: float, head: float, silence: float) -> None:
+        """Close connections that were not used for `idle` seconds, and break off answers that are overdue: their head
+        for `head` seconds, anything more of them for `silence` seconds (0: never).
+        """
+        for upstream in list(self._open):
+            quiet = now - upstream.heard
+            if not upstream.busy:
+                if quiet > idle:
+                    upstream.abort()
+            elif upstream.paused:
+                upstream.heard = now
+            elif upstream.begun:
+                if silence and quiet > silence:
+                    upstream.give_up(f"the replica said nothing for {silence:g} s")
+            elif head and quiet > head:
+                upstream.give_up(f"the replica did not answer within {head:g} s")
+
+    # -- for connections
+
+    def opened(self, upstream: Upstream) -> None:
+        self._open.add(upstream)
+
+    def idle(self, upstream: Upstream) -> None:
+        if self._closed or len(self._idle) >= self._max_idle:
+            upstream.abort()
+        else:
+            self._idle.append(upstream)
+
+    def lost(self, upstream: Upstream) -> None:
+        self._open.discard(upstream)
+        try:
+            self._idle.remove(upstream)
+        except ValueError:
+            pass

@@ -1,0 +1,79 @@
+"""One router process: signals in, exit status out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+
+import uvloop
+
+from arriero_router.config import Config, ConfigError, changes, load_config
+from arriero_router.observe.siblings import Siblings
+from arriero_router.router import Router
+
+log = logging.getLogger("arriero.router")
+
+EXIT_USAGE = 2
+
+
+def run_router(path: str, config: Config, siblings: Siblings | None = None) -> int:
+    """Serve until told to stop; the process's exit status.
+
+    SIGTERM and SIGINT drain: running requests may end within `drainSeconds`; a second one of the same kind stops at
+    once. SIGHUP reads the configuration again and reopens the access log. The status is 0, or 1 where the faces could
+    not be opened.
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(path, config, siblings))
+
+
+async def _serve(path: str, config: Config, siblings: Siblings | None) -> int:
+    loop = asyncio.get_running_loop()
+    draining, now = asyncio.Event(), asyncio.Event()
+    seen: set[int] = set()
+
+    def signalled(number: int) -> None:
+        # A terminal's Ctrl-C reaches every process of the group and a supervisor may add its SIGTERM: that is one wish.
+        if number in seen:
+            now.set()
+        seen.add(number)
+        draining.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signalled, number)
+    try:
+        router = Router(config, siblings)
+    except ConfigError as error:
+        log.error("%s", error)
+        return EXIT_USAGE
+    loop.add_signal_handler(signal.SIGHUP, _reload, router, path)
+    try:
+        await router.start()
+    except (OSError, ConfigError) as error:
+        log.error("cannot start: %s", error)
+        await router.stop()
+        return EXIT_USAGE if isinstance(error, ConfigError) else 1
+    await draining.wait()
+    drain = loop.create_task(router.drain(router.config.drain_seconds))
+    stop = loop.create_task(now.wait())
+    await asyncio.wait((drain, stop), return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    drain.cancel()
+    await router.stop()
+    log.info("stopped")
+    return 0
+
+
+def _reload(router: Router, path: str) -> None:
+    router.reopen_log()
+    try:
+        fresh = load_config(path)
+    except ConfigError as error:
+        log.error("the configuration stays as it was: %s", error)
+        return
+    change = changes(router.config, fresh)
+    for sentence in change.refused:
+        log.warning("%s", sentence)
+    router.reload(change.config)
+    log.info("reloaded %s", path)

@@ -1,0 +1,204 @@
+"""Metrics of one router process, and of all of its siblings put together.
+
+Times in seconds, sizes in tokens or bytes, as the names say. docs/metrics.md lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from arriero_router.core.replay import Break
+
+if TYPE_CHECKING:
+    from arriero_router.core.dispatch import Dispatcher, Grant
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # twice the lines, for what process_start_time says once
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SMALL = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
+_WAITS = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_LATENCY = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_SAME_EVERYWHERE = ("arriero_router_replica_ready", "arriero_router_info")
+"""Gauges that siblings do not share out: all see the same thing, so the highest is told, not the sum."""
+
+
+class Metrics:
+    """Of one process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "arriero_router_requests", "Requests answered.", ["face", "model", "status"], registry=self.registry
+        )
+        self._first = Histogram(
+            "arriero_router_time_to_first_token_seconds",
+            "From the whole request to the first byte of its answer, holding included.",
+            ["model"],
+            buckets=_LATENCY,
+            registry=self.registry,
+        )
+        self._added = Histogram(
+            "arriero_router_added_latency_seconds",
+            "From the whole request to its way to a replica, holding aside.",
+            ["model"],
+            buckets=_SMALL,
+            registry=self.registry,
+        )
+        self._requests_of: dict[tuple[str, str, int | str], Counter] = {}
+
+    def request(self, face: str, model: str, status: int | str) -> None:
+        key = (face, model, status)
+        child = self._requests_of.get(key)
+        if child is None:
+            child = self._requests_of[key] = self._requests.labels(face, model, str(status))
+        child.inc()
+
+    def model(self, name: str, dispatcher: Dispatcher) -> ModelMetrics:
+        """Those of one served model."""
+        metrics = ModelMetrics(name, dispatcher, self._first.labels(name), self._added.labels(name))
+        self.registry.register(metrics)
+        return metrics
+
+    def forget(self, model: ModelMetrics) -> None:
+        self.registry.unregister(model)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class ModelMetrics(Collector):
+    """Plain counts, put into families when asked."""
+
+    def __init__(self, name: str, dispatcher: Dispatcher, first: Histogram, added: Histogram) -> None:
+        self.first = first
+        self.added = added
+        self.replays = 0
+        self.prompt_marks = 0
+        self.matched_marks = 0
+        self.cached_tokens = 0
+        self.index_size: Callable[[], int] = lambda: 0
+        self._name = name
+        self._dispatcher = dispatcher
+        self._picks: dict[tuple[str, str], int] = {}
+        self._breaks: dict[Break, int] = {}
+        self._held_count = 0
+        self._held_seconds = 0.0
+        self._held_buckets = [0] * len(_WAITS)
+
+    def picked(self, grant: Grant) -> None:
+        key = (grant.replica.name, grant.reason)
+        self._picks[key] = self._picks.get(key, 0) + 1
+        self.prompt_marks += len(grant.ask.marks)
+        self.matched_marks += grant.matched
+
+    def broke(self, kind: Break) -> None:
+        self._breaks[kind] = self._breaks.get(kind, 0) + 1
+
+    def held(self, seconds: float) -> None:
+        self._held_count += 1
+        self._held_seconds += seconds
+        for index, bound in enumerate(_WAITS):
+            if seconds <= bound:
+                self._held_buckets[index] += 1
+                break
+
+    def collect(self) -> Iterator[Metric]:
+        name, pool = self._name, self._dispatcher.pool
+
+        def gauge(metric: str, text: str, rows: Iterable[tuple[tuple[str, ...], float]], *labels: str) -> Metric:
+            family = GaugeMetricFamily(f"arriero_router_{metric}", text, labels=("model", *labels))
+            for values, value in rows:
+                family.add_metric((name, *values), value)
+            return family
+
+        def counter(metric: str, text: str, rows: Iterable[tuple[tuple[str, ...], float]], *labels: str) -> Metric:
+            family = CounterMetricFamily(f"arriero_router_{metric}", text, labels=("model", *labels))
+            for values, value in rows:
+                family.add_metric((name, *values), value)
+            return family
+
+        replicas = pool.replicas
+        yield gauge(
+            "replica_in_flight",
+            "Requests of the router on a replica.",
+            [((replica.name,), replica.in_flight) for replica in replicas],
+            "replica",
+        )
+        yield gauge(
+            "replica_pending_bytes",
+            "Bytes of prompt on their way to a first token, beyond what the replica's cache held.",
+            [((replica.name,), replica.pending) for replica in replicas],
+            "replica",
+        )
+        yield gauge(
+            "replica_ready",
+            "1 if a replica takes new requests.",
+            [((replica.name,), float(replica.eligible)) for replica in replicas],
+            "replica",
+        )
+        yield gauge("held", "Requests waiting for a replica.", [((), self._dispatcher.held)])
+        yield gauge("prefix_index_marks", "Chunks of prompts in the prefix index.", [((), self.index_size())])
+        yield counter(
+            "picks", "Requests sent to a replica, by what decided.", sorted(self._picks.items()), "replica", "reason"
+        )
+        yield counter("ejections", "Replicas left out because they kept failing.", [((), pool.ejections)])
+        yield counter("replays", "Requests taken over by another replica.", [((), self.replays)])
+        yield counter(
+            "broken_attempts",
+            "Attempts that ended without a whole answer.",
+            [((kind.value,), count) for kind, count in sorted(self._breaks.items(), key=lambda item: item[0].value)],
+            "reason",
+        )
+        yield counter("prompt_chunks", "Chunks of prompts sent.", [((), self.prompt_marks)])
+        yield counter(
+            "prompt_chunks_matched", "Of these, in the replica's cache by the index.", [((), self.matched_marks)]
+        )
+        yield counter(
+            "cached_prompt_tokens", "Prompt tokens that replicas found in their cache.", [((), self.cached_tokens)]
+        )
+        yield self._held_family()
+
+    def _held_family(self) -> Metric:
+        family = Metric("arriero_router_hold_seconds", "Waits of held requests.", "histogram")
+        total = 0
+        for bound, count in zip(_WAITS, self._held_buckets, strict=True):
+            total += count
+            family.add_sample("arriero_router_hold_seconds_bucket", {"model": self._name, "le": str(bound)}, total)
+        labels = {"model": self._name}
+        family.add_sample("arriero_router_hold_seconds_bucket", {**labels, "le": "+Inf"}, self._held_count)
+        family.add_sample("arriero_router_hold_seconds_count", labels, self._held_count)
+        family.add_sample("arriero_router_hold_seconds_sum", labels, self._held_seconds)
+        return family
+
+
+def merged(texts: Iterable[str]) -> bytes:
+    """The metrics of several processes as those of one: sums, but for what all of them see alike."""
+    families: dict[str, Metric] = {}
+    values: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
+    for text in texts:
+        for family in text_string_to_metric_families(text):
+            kept = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            rows = values.setdefault(kept.name, {})
+            for sample in family.samples:
+                key = (sample.name, tuple(sorted(sample.labels.items())))
+                if family.name in _SAME_EVERYWHERE:
+                    rows[key] = max(rows.get(key, sample.value), sample.value)
+                else:
+                    rows[key] = rows.get(key, 0.0) + sample.value
+    for name, family in families.items():
+        for (sample_name, labels), value in values[name].items():
+            family.add_sample(sample_name, dict(labels), value)
+
+    class _All(Collector):
+        def collect(self) -> Iterable[Metric]:
+            return families.values()
+
+    registry = CollectorRegistry()
+    registry.register(_All())
+    return generate_latest(registry)

@@ -1,0 +1,81 @@
+"""Several router processes on the same ports, kept alive."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+log = logging.getLogger("arriero.router")
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+_QUICK = 5.0
+"""Seconds: a process that ends sooner than this after its start is started again after a pause."""
+_PAUSE = 1.0
+_USELESS = 2
+"""Exit status of a process that starting again would not help."""
+
+
+def run_processes(config: str, count: int, log_level: str) -> int:
+    """Start `count` processes, hand signals on to them, start again what dies; returns the exit status: 0 when all
+    drained. Each decides alone; the kernel deals connections out among them (SO_REUSEPORT).
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    with tempfile.TemporaryDirectory(prefix="arriero-router-") as folder:
+        return _Processes(config, count, log_level, folder).run()
+
+
+class _Processes:
+    def __init__(self, config: str, count: int, log_level: str, folder: str) -> None:
+        self._config, self._count, self._log_level, self._folder = config, count, log_level, folder
+        self._running: dict[int, subprocess.Popen[bytes]] = {}
+        self._began: dict[int, float] = {}
+        self._due: dict[int, float] = dict.fromkeys(range(count), 0.0)
+        """When those that are not running are to be started."""
+
+    def run(self) -> int:
+        status = 0
+        leaving = False
+        while True:
+            now = time.monotonic()
+            for index, due in list(self._due.items()):
+                if not leaving and due <= now:
+                    self._start(index)
+            if leaving and not self._running:
+                return status
+            received = signal.sigtimedwait(_SIGNALS, 0.5 if self._due and not leaving else 3600.0)
+            if received is None:
+                continue
+            number = received.si_signo
+            if number != signal.SIGCHLD:
+                leaving = leaving or number != signal.SIGHUP
+                for process in self._running.values():
+                    process.send_signal(number)
+            for index, process in list(self._running.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                del self._running[index]
+                if leaving:
+                    status = status or abs(code)
+                elif code == _USELESS or (code and time.monotonic() - self._began[index] < _QUICK and not self._due):
+                    log.error("process %d ended with status %d soon after its start: giving up", index, code)
+                    leaving, status = True, code if code > 0 else 1
+                    for other in self._running.values():
+                        other.terminate()
+                else:
+                    quick = time.monotonic() - self._began[index] < _QUICK
+                    log.error("process %d ended with status %d and is started again", index, code)
+                    self._due[index] = time.monotonic() + (_PAUSE if quick else 0.0)
+
+    def _start(self, index: int) -> None:
+        del self._due[index]
+        self._began[index] = time.monotonic()
+        command = [sys.executable, "-m", "arriero_router", "--config", self._config, "--log-level", self._log_level]
+        command += ["--process", f"{index}/{self._count}", "--siblings", self._folder]
+        self._running[index] = subprocess.Popen(
+            command, preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        )
