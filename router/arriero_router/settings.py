@@ -18,7 +18,7 @@ from arriero_plan.resource import DNS_LABEL, MODEL_NAME, PATTERN_WORDS, RouterPo
 from arriero_router.core.replica import Endpoint
 
 HOST = r"^[A-Za-z0-9:]([-A-Za-z0-9._:%]*[A-Za-z0-9:])?$"
-HEADER = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+HEADER = r"^[a-z0-9][-a-z0-9]*$"
 URL_PATH = r"^/[!-~]*$"
 HTTP_URL = r"^https?://[!-~]+$"
 PORT_NAME = r"^([0-9]{1,5}|[a-z0-9]([-a-z0-9]*[a-z0-9])?)$"
@@ -46,6 +46,10 @@ def _beside_config(path: str, info: ValidationInfo) -> str:
 
 def _log_path(path: str, info: ValidationInfo) -> str:
     return path if path in ("stdout", "off") else _beside_config(path, info)
+
+
+def _off(path: Any) -> Any:
+    return "off" if path is False else path  # YAML 1.1 reads a bare off as false
 
 
 def _port_text(port: Any) -> Any:
@@ -323,8 +327,8 @@ class UpstreamTls(Part):
 class AccessLog(Part):
     """One line of JSON per answered request."""
 
-    path: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_log_path)] = Field(
-        default="stdout", description="stdout, off, or a file to append to"
+    path: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_log_path), BeforeValidator(_off)] = (
+        Field(default="stdout", description="stdout, off, or a file to append to")
     )
 
 
