@@ -9,6 +9,8 @@ from arriero_router.core.ask import FOREVER
 from arriero_router.core.replica import Endpoint, Replica, Report
 
 _LEAST_SHARE = 0.1
+SHUN = 0.2
+"""Seconds that a replica gets nothing new after it broke off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +132,13 @@ class Pool:
     def _refresh(self) -> None:
         now, settings = self._clock(), self.settings
         eligible = [replica for replica in self._replicas.values() if replica.eligible]
+        shunned = [replica.shunned_until for replica in eligible if replica.shunned_until > now]
+        if shunned:
+            eligible = [replica for replica in eligible if replica.shunned_until <= now]
         kept = [replica for replica in eligible if replica.ejected_until <= now]
         self._usable = kept or eligible
         self._shares = [self._share(replica, now) for replica in self._usable]
-        changes = [replica.ejected_until for replica in eligible if replica.ejected_until > now]
+        changes = shunned + [replica.ejected_until for replica in eligible if replica.ejected_until > now]
         if any(share < 1.0 for share in self._shares):
             if all(share < 1.0 for share in self._shares):
                 # All began together: what counts is how they compare.
@@ -171,6 +176,11 @@ class Pool:
         assert replica.pending >= 0
         if self.settings.max_in_flight:
             self._on_change()
+
+    def shun(self, replica: Replica) -> None:
+        """It broke off, or did not take a request."""
+        replica.shunned_until = self._clock() + SHUN
+        self._fresh_until = -1.0
 
     def succeeded(self, replica: Replica) -> None:
         replica.failures = replica.trips = 0

@@ -23,6 +23,11 @@ class Break(Enum):
     """Nothing came for too long from a replica that is not heard of any more."""
 
     @property
+    def untried(self) -> bool:
+        """Nothing was tried: the replica did not take the request, and may be asked again a little later."""
+        return self in (Break.UNREACHED, Break.REFUSED)
+
+    @property
     def is_fault(self) -> bool:
         """Whether it speaks against the replica's health."""
         return self not in (Break.REFUSED, Break.CLIENT)
@@ -39,7 +44,7 @@ class ReplaySettings:
 class Attempts:
     """Counts the attempts at one request.
 
-    An attempt that brought the answer further was worth it and does not count against the next; so a stream outlives
+    What no replica took does not count: it is held again, until its deadline. An attempt that brought the answer further was worth it and does not count against the next; so a stream outlives
     any number of rolling restarts up to `total`, while a request that kills every replica it meets is given up soon.
     """
 
@@ -62,11 +67,13 @@ class Attempts:
         `gained`: the attempt brought new tokens. `resumable`: what the client has had can be continued (nothing yet,
         or all of it with its tokens known).
         """
-        self.vain = 0 if gained else self.vain + 1
         settings = self._settings
+        if kind.untried:
+            self.made -= 1
+            return settings.again > 0 and resumable
+        self.vain = 0 if gained else self.vain + 1
         spent = not settings.again or self.vain > settings.again or self.made >= settings.total
         if kind is Break.CLIENT or not resumable or spent:
             return False
-        if kind is not Break.UNREACHED:
-            self.replays += 1
+        self.replays += 1
         return True

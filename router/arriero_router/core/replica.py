@@ -48,6 +48,7 @@ class Replica:
         "others",
         "pending",
         "ready_since",
+        "shunned_until",
         "slot",
         "trips",
     )
@@ -72,6 +73,10 @@ class Replica:
         self.trips = 0
         """Ejections in a row."""
         self.ejected_until = 0.0
+        self.shunned_until = 0.0
+        """It just broke off or took nothing: until then it gets nothing new, even if it is the last. By then its own
+        word is heard.
+        """
 
     @property
     def name(self) -> str:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from arriero_router.served import Served
 
 
+_STALE = 8
+"""Kept connections that may turn out to be closed, for one request."""
+
+
 @dataclass(frozen=True, slots=True)
 class HoldSettings:
     """Times in seconds."""
@@ -69,7 +73,7 @@ class Journey:
 
         Raises HttpError: 429 where no more requests are held, 503 where the wait was over.
         """
-        dispatcher, pool = self.served.dispatcher, self.served.pool
+        dispatcher = self.served.dispatcher
         stale = 0
         while True:
             asked = dispatcher.ask(self.ask, self)
@@ -79,27 +83,40 @@ class Journey:
                 raise self._refused(asked)
             self.grant = grant = asked
             self.attempts.begin()
+            outcome = None
             try:
                 outcome = await attempt(grant)
             finally:
+                # Before its place is free for the next.
+                if outcome is not None:
+                    self._judge(grant, outcome)
                 dispatcher.release(grant)
             if outcome.kind is None:
-                pool.succeeded(grant.replica)
                 return outcome
-            if outcome.untouched and stale < 8:
+            if outcome.untouched and stale < _STALE:
                 stale += 1
                 self.attempts.made -= 1
                 continue
-            if outcome.kind.is_fault:
-                pool.failed(grant.replica)
             self.served.metrics.broke(outcome.kind)
             self.last_error = outcome.error
             if not self.attempts.broke(outcome.kind, gained=outcome.gained, resumable=outcome.resumable):
                 return outcome
-            self.served.replaying(self, outcome)
             self.ask.avoid.add(grant.replica.name)
-            self.ask.begun = True
-            self.ask.deadline = max(self.ask.deadline, time.monotonic() + self.served.hold_seconds)
+            if not outcome.kind.untried:
+                self.served.replaying(self, outcome)
+                self.ask.begun = True
+                self.ask.deadline = max(self.ask.deadline, time.monotonic() + self.served.hold_seconds)
+
+    def _judge(self, grant: Grant, outcome: Outcome) -> None:
+        """What the attempt says of the replica."""
+        pool = self.served.pool
+        if outcome.kind is None or outcome.kind is Break.CLIENT:
+            pool.succeeded(grant.replica)
+        elif not outcome.untouched:
+            if outcome.kind is not Break.FAILED:
+                pool.shun(grant.replica)
+            if outcome.kind.is_fault:
+                pool.failed(grant.replica)
 
     async def _wait(self, hold: HoldSettings, on_wait: Callable[[], None] | None) -> Grant | Refusal:
         began = time.monotonic()
