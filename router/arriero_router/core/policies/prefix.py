@@ -15,15 +15,19 @@ MISS = 3
 """What a byte that must be computed costs, in bytes that wait there before it. One for its own time; but it also holds
 up whatever comes behind, and what it leaves in a full cache puts out something as large, to be computed again. With 1,
 the greedy choice, prefixes spread over all replicas until no cache holds them and the queues grow without end.
+Found with benchmarks/router_policy.py, as is the next.
 """
 REQUEST = 256
 """What a request on a replica costs a new one there, in bytes of prompt: its decoding slows every step."""
-CROWD = 4096
-"""What each request beyond `EVEN` times the fair part costs: this much more work is worth having to avoid a hot spot.
-Below, differences are mostly chance and old news, and to follow them is to leave a warm cache for nothing.
-"""
 EVEN = 1.2
-"""All four were found with benchmarks/router_policy.py."""
+"""Up to so many times its fair part of the requests a replica is not crowded: differences are mostly chance and old
+news, and to follow them is to leave a warm cache for nothing.
+"""
+CROWDED = 1.5
+SLACK = 4
+"""At so many times its fair part, and so many requests on top, a crowd costs as much as to compute the whole prompt:
+no cached prefix, however long, is worth a hot spot. In between it costs in proportion.
+"""
 
 
 class Prefix:
@@ -42,7 +46,9 @@ class Prefix:
         self._now = now
         held = self._index.match(ask.marks)
         size = ask.size
-        part = EVEN * sum([replica.in_flight + replica.others for replica in replicas]) / sum(shares)
+        part = sum([replica.in_flight + replica.others for replica in replicas]) / sum(shares)
+        even = EVEN * part
+        crowd = MISS * size / ((CROWDED - EVEN) * part + SLACK)
         best, best_matched = replicas[0], 0
         least = float("inf")
         ties = 1
@@ -50,8 +56,8 @@ class Prefix:
             matched = held.get(replica.slot, 0) if held else 0
             requests = replica.in_flight + replica.others
             cost = (replica.pending + REQUEST * requests + MISS * (size - CHUNK * matched)) / share
-            if requests > part * share:
-                cost += CROWD * (requests / share - part)
+            if requests > even * share:
+                cost += crowd * (requests / share - even)
             if cost > least:
                 continue
             if cost == least and replica.in_flight >= best.in_flight:
