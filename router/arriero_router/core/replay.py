@@ -44,8 +44,9 @@ class ReplaySettings:
 class Attempts:
     """Counts the attempts at one request.
 
-    What no replica took does not count: it is held again, until its deadline. An attempt that brought the answer further was worth it and does not count against the next; so a stream outlives
-    any number of rolling restarts up to `total`, while a request that kills every replica it meets is given up soon.
+    What no replica took does not count: it is held again, until its deadline. An attempt that brought the answer on
+    was worth it and does not count against the next; so a stream outlives any number of rolling restarts up to `total`,
+    while a request that kills every replica it meets is given up soon.
     """
 
     __slots__ = ("_settings", "made", "replays", "vain")
