@@ -81,8 +81,8 @@ class HoldQueue(Generic[T]):
     def __init__(self, limit: int, weights: Mapping[str, float] | None = None) -> None:
         self.limit = limit
         """May be changed at any time; who waits already stays."""
-        self.weights = weights or {}
-        """Shares of tenants, above 0; 1 for those not named. May be replaced at any time."""
+        self.weights: Mapping[str, float] = {} if weights is None else weights
+        """Shares of tenants, above 0; 1 for those not named. May be changed or replaced at any time."""
         self._all: OrderedDict[int, _Held[T]] = OrderedDict()
         self._due: _Ranking[int] = _Ranking()
         self._over: list[Waiting[T]] = []

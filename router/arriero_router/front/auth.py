@@ -201,14 +201,24 @@ class Keys:
         """Follow changes until cancelled. While what is there cannot be used, the last good keys hold."""
         while True:
             await asyncio.sleep(poll_seconds)
-            self.look()
+            # Off the loop: a thousand keys take a second to parse.
+            fresh = await asyncio.to_thread(self._fresh)
+            if fresh is not None:
+                self._apply(fresh)
 
     def look(self) -> bool:
         """Read again what may have changed; whether other keys hold now."""
+        fresh = self._fresh()
+        return fresh is not None and self._apply(fresh)
+
+    def _fresh(self) -> tuple[KeyEntry, ...] | None:
+        """The keys that are there, if they may have changed and can be used."""
         try:
-            signature, settled = _signature(self._path)
-            if signature == self._signature and self._settled:
-                return False
+            before, self._signature = self._signature, ()
+            self._signature, settled = _signature(self._path)
+            if self._signature == before and self._settled:
+                return None
+            self._settled = settled
             entries = read_keys(self._path)
         except KeysError as error:
             more = len(error.problems) - 1
@@ -216,10 +226,9 @@ class Keys:
             if problem != self.error:
                 log.error("%s; the API keys stay as they were", problem)
             self.error = problem
-            return False
-        self._signature, self._settled = signature, settled
+            return None
         self.error = ""
-        return self._apply(entries)
+        return entries
 
     def _apply(self, entries: tuple[KeyEntry, ...]) -> bool:
         if entries == self._entries:

@@ -98,6 +98,14 @@ def test_a_tenant_of_thrice_the_weight_gets_thrice_the_tokens():
     assert served == {"big": 18, "small": 6}
 
 
+def test_weights_may_be_filled_in_later():
+    weights = {}
+    queue = HoldQueue(100, weights)
+    weights["big"] = 2.0
+    fill(queue, *["big"] * 6, *["small"] * 6)
+    assert [queue.pop(0.0).ask.tenant for _ in range(6)].count("big") == 4
+
+
 def test_who_was_idle_has_nothing_saved_up():
     queue = HoldQueue(100)
     fill(queue, *"aaaaaaaa", "b")
