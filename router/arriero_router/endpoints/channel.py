@@ -66,7 +66,7 @@ async def knock(host: str, port: int, seconds: float) -> None:
 def unreachable(error: OSError) -> str:
     """Why nobody could be reached, in a few words."""
     if isinstance(error, socket.gaierror | ssl.SSLError) or not error.errno:
-        return str(error.strerror or error or "no answer in time")
+        return error.strerror or str(error) or "no answer in time"
     return os.strerror(error.errno)
 
 

@@ -205,11 +205,14 @@ class KubernetesSource:
             while True:
                 try:
                     line = await response.content.readline()
-                    changed = bool(line) and self._take(json.loads(line))
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise _Cut(f"a line is no event ({error!r})") from error
+                except Exception as error:  # of the connection, or of a line without an end
+                    raise _Cut(_words(error)) from error
                 if not line:
                     return
+                try:
+                    changed = self._take(json.loads(line))
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise _Cut(f"a line is no event ({error!r})") from error
                 self._backoff.reset()
                 if changed:
                     self._publish(publish)

@@ -144,10 +144,7 @@ class ApiServer:
                 while True:
                     changed = self._changed
                     for _, event in self._log[sent:]:
-                        if not self.deaf and (
-                            event["type"] in ("BOOKMARK", "ERROR")
-                            or selected(event["object"], request.query["labelSelector"])
-                        ):
+                        if not self.deaf and wanted(event, request.query["labelSelector"]):
                             await self._send(response, event)
                     sent = len(self._log)
                     await changed.wait()
@@ -162,6 +159,11 @@ class ApiServer:
         await response.write(line[: len(line) // 2])
         await asyncio.sleep(0)
         await response.write(line[len(line) // 2 :])
+
+
+def wanted(event: dict[str, Any], selector: str) -> bool:
+    labels = ((event.get("object") or {}).get("metadata") or {}).get("labels")
+    return labels is None or selected(event["object"], selector)
 
 
 def selected(slice_: dict[str, Any], selector: str) -> bool:

@@ -99,12 +99,16 @@ class Replica(worker_pb2_grpc.WorkerServicer, prefixes_pb2_grpc.PrefixesServicer
         self._deltas: list[prefixes_pb2.WatchResponse] = []
         self._server: grpc.aio.Server | None = None
 
-    async def start(self) -> None:
+    async def start(self, credentials: grpc.ServerCredentials | None = None) -> None:
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)
         if self._prefixes:
             prefixes_pb2_grpc.add_PrefixesServicer_to_server(self, self._server)
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        where = f"127.0.0.1:{self.port}"
+        if credentials is None:
+            self.port = self._server.add_insecure_port(where)
+        else:
+            self.port = self._server.add_secure_port(where, credentials)
         await self._server.start()
 
     async def stop(self) -> None:
