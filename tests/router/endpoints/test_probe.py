@@ -145,10 +145,10 @@ async def test_a_killed_replica_is_lost_at_once_and_found_again_at_once() -> Non
     async with health(lambda path: OK) as server, running(Probe(endpoint(server.port), told, SLOW).run()):
         await told.until(lambda: told.ready("a"))
         server.stop()
-        await told.until(lambda: told.losses, 2)
+        await told.until(lambda: told.losses, 15)
         assert told.losses == [("a", "Connection refused")]
         await server.start()
-        await told.until(lambda: told.ready("a"), 2)
+        await told.until(lambda: told.ready("a"), 15)
     assert len(told.losses) == 1
 
 

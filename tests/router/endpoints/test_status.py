@@ -67,7 +67,7 @@ async def test_a_stopped_replica_is_lost_and_taken_back_within_a_second() -> Non
         for _ in range(3):
             losses = len(told.losses)
             await server.stop()
-            await told.until(lambda losses=losses: len(told.losses) > losses, 1.0)
+            await told.until(lambda losses=losses: len(told.losses) > losses)
             await asyncio.sleep(0.7)  # long enough for the waits between tries to be at their longest
             await server.start()
             began = time.monotonic()
@@ -114,7 +114,7 @@ async def test_a_host_that_dies_in_silence_is_lost() -> None:
     ):
         await told.until(lambda: told.ready("a"))
         line.freeze()
-        await told.until(lambda: told.losses, BRISK.silence + BRISK.answer + 2)
+        await told.until(lambda: told.losses, 10)
         assert told.losses == [("a", "silent for 0.7 s")]
         line.thaw()
         await told.until(lambda: told.ready("a"))
