@@ -165,6 +165,28 @@ def test_nothing_is_given_back_of_the_time_before_a_tenant_was_idle():
     assert "b" in served
 
 
+def test_a_tenant_that_is_given_back_much_does_not_turn_back_the_time_for_newcomers():
+    queue = HoldQueue(100)
+    fill(queue, *"aaaaaa", *"cccccc", tokens=300)
+    for ask in [queue.pop(0.0).ask for _ in range(4)]:
+        if ask.tenant == "a":
+            queue.charge(ask, 1)
+    assert queue.pop(0.0).ask.tenant == "a"
+    fill(queue, *"bbb", tokens=300)
+    assert [queue.pop(0.0).ask.tenant for _ in range(3)] == ["b", "a", "c"]
+
+
+def test_a_debt_outlives_a_pause_while_others_wait():
+    queue = HoldQueue(1000)
+    fill(queue, "a", *"bbb")
+    queue.charge(queue.pop(0.0).ask, 10**6)
+    for i in range(100):
+        queue.push(an_ask(f"t{i}"), item := Item("t"), 0.0)
+        queue.remove(item)
+    fill(queue, "a")
+    assert drain(queue) == ["b0", "b1", "b2", "a0"]
+
+
 def test_a_correction_for_a_class_that_is_gone_is_of_no_effect():
     queue = HoldQueue(10)
     fill(queue, "a")
@@ -219,6 +241,15 @@ def test_a_flood_of_one_tenant_gives_way_to_others_until_they_have_as_many():
     assert queue.lengths == {"a": 3, "b": 3}
 
 
+def test_an_odd_place_does_not_go_to_and_fro():
+    queue = HoldQueue(7)
+    fill(queue, *"aaaaaaa")
+    while queue.push(an_ask("b"), Item("b"), 0.0).held:
+        pass
+    assert queue.lengths == {"a": 4, "b": 3}
+    assert queue.push(an_ask("a"), Item("a"), 0.0).refused is Refusal.FULL
+
+
 def test_places_are_shared_by_weight():
     queue = HoldQueue(8, {"b": 3.0})
     fill(queue, *"aaaaaaaa")
@@ -238,8 +269,16 @@ def test_what_has_begun_is_never_refused_goes_first_and_never_gives_way():
     assert len(queue) == 4
     pushed = queue.push(an_ask("c", priority=-1), Item("better"), 1.0)
     assert pushed.displaced.item.name == "a0"
-    # Their tokens were counted the first time: again0's million does not put again1 back.
     assert drain(queue, 1.0) == ["better", "again0", "b0", "again1"]
+
+
+def test_what_has_begun_was_counted_before_and_does_not_put_its_tenant_back():
+    queue = HoldQueue(10)
+    fill(queue, "b", "b", "b")
+    for name in ("again0", "again1"):
+        queue.push(an_ask("a", tokens=10**6), Item(name), 0.0, begun=True)
+    fill(queue, "a")
+    assert drain(queue) == ["b0", "again0", "again1", "a0", "b1", "b2"]
 
 
 def test_what_has_begun_is_refused_when_its_deadline_is_over():
@@ -319,6 +358,8 @@ def test_who_leaves_after_its_deadline_is_not_returned_by_expire():
     assert queue.pop(2.0) is None
     assert queue.remove(item)
     assert queue.expire(2.0) == []
+    assert len(queue) == 0
+    assert queue.lengths == {}
 
 
 def test_an_item_waits_once():
