@@ -74,7 +74,12 @@ class KeyEntry(Part):
     weight: float = Field(
         default=1, ge=0.001, le=1000, allow_inf_nan=False, description="share among those who wait for a replica"
     )
-    priority: int = Field(default=0, ge=-1000, le=1000, description="class of its requests; lower goes first")
+    priority: int = Field(
+        default=0,
+        ge=-1000,
+        le=1000,
+        description="class of its requests, lower goes first; a request may ask for a higher one, never for a lower",
+    )
     models: Annotated[tuple[ModelName, ...], Field(strict=False, max_length=1024)] = Field(
         default=(), description="names of the models it may use; none: all"
     )
