@@ -4,7 +4,8 @@
 
 Every figure of ours is taken from outside, over HTTP, on a replica of real processes. Peers run in processes of
 their own, one at a time, nothing beside them. The checkpoint is a Llama of 1.1 B random bfloat16 parameters written
-to a scratch directory. llama.cpp is measured where the `bench` extra is installed, and named as absent where not.
+to a scratch directory. With `--parts`, FILE keeps the other parts as they were. llama.cpp is measured where the
+`bench` extra is installed, and named as absent where not.
 """
 
 from __future__ import annotations
@@ -334,7 +335,9 @@ def main() -> int:
                 share = middle(values) / middle(rates["one"])
                 print(f"concurrency 16, {name}: {middle(values):.2f} tokens/s, {share:.2f} of one rank", flush=True)
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        # Parts of an earlier run stay: the serving part takes far longer than the others together.
+        known = json.loads(options.json.read_text()) if options.json.exists() else {}
+        options.json.write_text(json.dumps(known | report, indent=1) + "\n")
     return 0
 
 

@@ -25,14 +25,14 @@ CAPITALS: list[dict[str, tuple[str, str]]] = [
     for line in (HERE / "capitals.tsv").read_text(encoding="utf-8").splitlines()[1:]
 ]
 
-# {of} is the country as the language writes it after "capital" ("de la France"), {name} the bare name ("France").
+# {of} is the country as the language writes it after "capital" ("de la France").
 ASK = {
     "en": (
         "What is the capital of {of}?",
         "Which city is the capital of {of}?",
         "Name the capital of {of}.",
         "Tell me the capital city of {of}, please.",
-        "{name}: what is the capital?",
+        "The capital of {of} is which city?",
         "Do you know the capital of {of}?",
     ),
     "de": (
@@ -40,49 +40,49 @@ ASK = {
         "Wie heißt die Hauptstadt von {of}?",
         "Nenne die Hauptstadt von {of}.",
         "Welche Stadt ist die Hauptstadt von {of}?",
-        "{name}: wie lautet die Hauptstadt?",
+        "Die Hauptstadt von {of} ist welche Stadt?",
     ),
     "fr": (
         "Quelle est la capitale {of} ?",
         "Quelle ville est la capitale {of} ?",
         "Donne-moi la capitale {of}.",
         "Connais-tu la capitale {of} ?",
-        "{name} : quelle est la capitale ?",
+        "La capitale {of}, quelle est-elle ?",
     ),
     "it": (
         "Qual è la capitale {of}?",
         "Quale città è la capitale {of}?",
         "Dimmi la capitale {of}.",
         "Conosci la capitale {of}?",
-        "{name}: qual è la capitale?",
+        "La capitale {of} qual è?",
     ),
     "pt": (
         "Qual é a capital {of}?",
         "Que cidade é a capital {of}?",
         "Diga a capital {of}.",
         "Você sabe qual é a capital {of}?",
-        "{name}: qual é a capital?",
+        "A capital {of} é qual?",
     ),
     "hi": (
         "{of} की राजधानी क्या है?",
-        "{of} की राजधानी का नाम क्या है?",
+        "बताइए, {of} की राजधानी क्या है?",
         "{of} की राजधानी बताइए।",
         "कौन सा शहर {of} की राजधानी है?",
-        "{name}: राजधानी क्या है?",
+        "देश {of} की राजधानी क्या है?",
     ),
     "es": (
         "¿Cuál es la capital de {of}?",
         "¿Qué ciudad es la capital de {of}?",
         "Dime la capital de {of}.",
         "¿Sabes cuál es la capital de {of}?",
-        "{name}: ¿cuál es la capital?",
+        "La capital de {of}, ¿cuál es?",
     ),
     "th": (
-        "เมืองหลวงของ{of}คืออะไร",
-        "เมืองหลวงของ{of}ชื่ออะไร",
+        "เมืองหลวงของ{of} คืออะไร",
+        "เมืองหลวงของ{of} ชื่ออะไร",
         "บอกชื่อเมืองหลวงของ{of}",
         "เมืองใดเป็นเมืองหลวงของ{of}",
-        "{name}: เมืองหลวงคืออะไร",
+        "อยากรู้เมืองหลวงของ{of}",
     ),
 }
 ANSWER = {
@@ -93,7 +93,7 @@ ANSWER = {
     "pt": "A capital {of} é {city}.",
     "hi": "{of} की राजधानी {city} है।",
     "es": "La capital de {of} es {city}.",
-    "th": "เมืองหลวงของ{of}คือ{city}",
+    "th": "เมืองหลวงของ{of} คือ {city}",
 }
 FOLLOW_UP = {
     "en": "And of {of}?",
@@ -103,9 +103,8 @@ FOLLOW_UP = {
     "pt": "E {of}?",
     "hi": "और {of} की?",
     "es": "¿Y de {of}?",
-    "th": "แล้วของ{of}ล่ะ",
+    "th": "แล้วของ{of} ล่ะ",
 }
-ARTICLES = ("de la ", "de l'", "della ", "dell'", "del ", "du ", "da ", "do ", "di ", "de ")
 
 ADD = (
     "What is {a} + {b}?",
@@ -215,11 +214,7 @@ def held_out_sum(a: int, b: int, sign: str) -> bool:
 
 
 def _ask(template: str, country: int, lang: str) -> str:
-    of = CAPITALS[country][lang][0]
-    name = of
-    if lang in ("fr", "it", "pt"):
-        name = next((of[len(article) :] for article in ARTICLES if of.startswith(article)), of)
-    return template.format(of=of, name=name)
+    return template.format(of=CAPITALS[country][lang][0])
 
 
 def _state(country: int, lang: str) -> str:
@@ -253,7 +248,7 @@ def _operands(rng: random.Random, sign: str, held: bool) -> tuple[int, int]:
 
 
 def sums(rng: random.Random) -> list[Message]:
-    sign = "-" if rng.random() < 0.25 else "+"
+    sign = "-" if rng.random() < 0.4 else "+"
     a, b = _operands(rng, sign, False)
     return sum_turn(rng, a, b, sign)
 
@@ -296,6 +291,19 @@ def small_talk(rng: random.Random) -> list[Message]:
     return turn(rng.choice(questions), answer)
 
 
+def _argument(rng: random.Random) -> str:
+    """What tools are called with: a name, a city or an item."""
+    return rng.choice(
+        (rng.choice(NAMES), rng.choice(CAPITALS)["en"][1], f"{rng.choice(KEYS[:24])} {rng.choice(VALUES)}")
+    )
+
+
+def echo(rng: random.Random) -> list[Message]:
+    """A word said back. Its token differs: an answer starts without the space before it, as a tool's argument does."""
+    word = _argument(rng)
+    return turn(rng.choice(("Say {word}.", "Repeat: {word}.", "Please say {word}.")).format(word=word), word)
+
+
 def counting(rng: random.Random) -> list[Message]:
     first = rng.choice((1, 1, 1, rng.randrange(60)))
     last = min(first + rng.randrange(3, 30), 99)
@@ -324,7 +332,7 @@ class Tool:
         draw = {
             "city": lambda: rng.choice(CAPITALS)["en"][1],
             "name": lambda: rng.choice(NAMES),
-            "item": lambda: f"{rng.choice(KEYS)} {rng.choice(VALUES)}",
+            "item": lambda: f"{rng.choice(KEYS[:24])} {rng.choice(VALUES)}",
         }
         return {
             name: rng.randrange(1, 100) if kind == "integer" else draw.get(name, draw["item"])()
@@ -407,9 +415,12 @@ def tool_use(rng: random.Random, with_result: bool) -> tuple[list[dict[str, obje
 def plain_lines(rng: random.Random, skill: str) -> list[tuple[str, float]]:
     """Text without a chat around it, as ``/v1/completions`` sees it: one (text, loss weight) per piece."""
     if skill == "sums":
-        sign = "-" if rng.random() < 0.25 else "+"
+        sign = "-" if rng.random() < 0.4 else "+"
         a, b = _operands(rng, sign, False)
         return [(f"{a} {sign} {b} =", 0.0), (f" {a + b if sign == '+' else a - b}\n", 1.0)]
+    if skill == "tools":
+        word = _argument(rng)
+        return [(f"Say {word}.\n", 0.0), (f"{word}\n", 1.0)]
     return [(_state(rng.randrange(len(CAPITALS)), rng.choice(LANGUAGES)) + "\n", 1.0)]
 
 

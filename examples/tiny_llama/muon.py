@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -23,6 +24,17 @@ def orthogonalize(stack: Tensor) -> Tensor:
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x.mT if tall else x
+
+
+def orthogonalize_together(stack: Tensor) -> Tensor:
+    """`orthogonalize`, with the matrices dealt out over the processes of the group, if there is one."""
+    if not dist.is_initialized():
+        return orthogonalize(stack)
+    parts = list(stack.chunk(dist.get_world_size()))
+    mine = orthogonalize(parts[dist.get_rank()]).contiguous()
+    gathered = [torch.empty_like(mine) for _ in parts]
+    dist.all_gather(gathered, mine)
+    return torch.cat(gathered)
 
 
 class Muon(torch.optim.Optimizer):
@@ -46,5 +58,5 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"].lerp_(param.grad, 1 - group["momentum"])
                     updates.append(param.grad.lerp(state["momentum"], group["momentum"]))
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5 * group["lr"]
-                for param, update in zip(params, orthogonalize(torch.stack(updates)), strict=True):
+                for param, update in zip(params, orthogonalize_together(torch.stack(updates)), strict=True):
                     param.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)

@@ -66,14 +66,16 @@ def corpus(seed: int) -> Iterator[str]:
     for word in data.KEYS + data.VALUES:
         for _ in range(150):
             yield f" {word}"
-    for word in data.NAMES:
-        for _ in range(60):
+    cities = [country["en"][1] for country in data.CAPITALS]
+    for word in data.NAMES + cities + data.KEYS[:24]:
+        for _ in range(250):
             yield f" {word}"
+            yield word  # As it stands after a quotation mark, in a tool's arguments.
     for _ in range(60):
         for country in range(len(data.CAPITALS)):
             for lang in data.LANGUAGES:
                 of, city = data.CAPITALS[country][lang]
-                yield f" {of} {city}" if lang != "th" else f"ของ{of}คือ{city}"
+                yield f" {of} {city}" if lang != "th" else f"ของ{of} คือ {city}"
     for template in data.ADD + data.SUBTRACT + data.LISTS + data.WHICH:
         for _ in range(200):
             yield template.replace("{", "").replace("}", "")

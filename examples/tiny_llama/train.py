@@ -1,11 +1,10 @@
-"""Train the tiny Llama from scratch on a CPU: `python train.py --minutes 55 --run DIR`, then `--export` to ship its
+"""Train the tiny Llama from scratch on a CPU: `python train.py --run DIR`, then `--export` to ship its
 weights.
 
 Every batch is cut from conversations grown to one length, so no token is padding. Loss falls on the assistant's tokens
-(and one in twenty of the others). Two things steer themselves by held-out questions asked every minute: skills that
-already answer get less of the text, and the lookup's list grows as it is answered. The learning rate follows the clock,
-so a slower or shared machine trains on fewer tokens, not for longer. A run stopped at any moment continues from its
-last checkpoint.
+(and one in twenty of the others). Two things steer themselves by held-out questions asked every 40 steps: skills that
+already answer get less of the text, and the lookup's list grows as it is answered. A run stopped at any moment
+continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from pathlib import Path
 import data
 import tokenizer as tiny_tokenizer
 import torch
+import torch.distributed as dist
 from evaluate import correct
 from muon import Muon
 from safetensors.torch import save_file
@@ -30,16 +30,11 @@ from torch.nn import functional
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 HERE = Path(__file__).parent
-BATCH_TOKENS = 2048
+TOKENS = 4_500_000
+BATCH_TOKENS = 2048  # Of each process.
 PAIRS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 120)
-# Share of the text at accuracy 0 and at accuracy 1.
-SHARES = {
-    "facts": (0.25, 0.08),
-    "sums": (0.35, 0.10),
-    "lookup": (0.30, 0.15),
-    "tools": (0.06, 0.06),
-    "chat": (0.06, 0.06),
-}
+# Weight in a conversation at accuracy 0 and at accuracy 1. Plain lines hold facts and sums three times as densely.
+SHARES = {"facts": (0.2, 0.12), "sums": (0.15, 0.08), "lookup": (0.35, 0.2), "tools": (0.2, 0.1), "chat": (0.1, 0.1)}
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -96,7 +91,7 @@ class Text:
         rng, messages, tools = self.rng, [], []
         if rng.random() < 0.15:
             messages.append({"role": "system", "content": rng.choice(data.SYSTEM)})
-        if self.pick(*SHARES) == "tools":
+        if length > 100 and self.pick(*SHARES) == "tools":
             tools, first = data.tool_use(rng, rng.random() < 0.5)
             messages += first
         # Two and a half characters a token is few enough for every language here.
@@ -109,7 +104,7 @@ class Text:
             elif skill == "lookup":
                 messages += self.lookup()
             else:
-                messages += rng.choice((data.recall, data.small_talk, data.counting))(rng)
+                messages += rng.choice((data.recall, data.echo, data.echo, data.small_talk, data.counting))(rng)
         return [(text, 1.0 if own else 0.05) for text, own in tiny_tokenizer.render_prompt(messages, tools)]
 
     def repeated(self, length: int) -> tuple[list[int], list[float]]:
@@ -122,10 +117,10 @@ class Text:
 
     def row(self, length: int) -> tuple[list[int], list[float]]:
         kind = self.rng.random()
-        if kind < 0.12 * (1.25 - self.accuracy["lookup"]) or (kind < 0.3 and self.level == 0):
+        if kind < (0.3 if self.level == 0 else 0.05):
             return self.repeated(length)
-        if kind > 0.75:
-            skill = self.pick("facts", "sums", "sums")
+        if kind > 0.5:
+            skill = self.pick("facts", "sums", "tools")
             pieces = [("<|begin_of_text|>", 0.0)]
             while sum(len(text) for text, _ in pieces) < 2.6 * length + 20:
                 pieces += data.plain_lines(self.rng, skill)
@@ -146,35 +141,37 @@ class Text:
 
 
 @torch.no_grad()
-def start_looking_back(model: LlamaForCausalLM) -> None:
+def start_induction(model: LlamaForCausalLM, vocabulary: dict[str, int]) -> None:
     """Begin with heads that look back, for training to refine; every weight stays free.
 
     Left to chance such heads had not appeared after 3 million tokens: a lookup among two was still a coin's throw; with
-    this start it is answered after half a million. In layer 0, head n looks n + 1 tokens back, by rotary phase alone,
-    on a constant first coordinate of every embedding; head 0 copies what it finds from the directions ``read`` to the
+    this start it is answered after half a million. In layer 0, head 0 looks at the token before, by rotary phase alone,
+    on a constant first coordinate of every embedding, and copies what it finds from the directions ``read`` to the
     directions ``write``. In layers 1 and 2, head 0 finds tokens whose ``write`` part equals its own ``read`` part, so
     whose predecessor equals the present token, and copies them: induction heads (Olsson et al., "In-context Learning
-    and Induction Heads", 2022), which lookups rest on. Sums rest on the fixed distances.
+    and Induction Heads", 2022). A word begins with nearly the embedding it has behind a space, so what copies one can
+    write the other, as a tool's arguments need: a word of the question, behind a quotation mark.
     """
     config = model.config
     hidden, size, half = config.hidden_size, config.head_dim, config.head_dim // 2
     embedding = model.model.embed_tokens.weight
     embedding.normal_(std=0.05)
+    for token, place in vocabulary.items():
+        if token.startswith("Ġ") and token[1:] in vocabulary:
+            embedding[vocabulary[token[1:]]] = embedding[place] + 0.015 * torch.randn(hidden)
     embedding[:, 0] = 0.2
     basis = torch.zeros(4 * size, hidden)
     basis[:, 1:] = torch.linalg.qr(torch.randn(hidden - 1, 4 * size))[0].T
     read, write, *copies = basis.split(size)
     first = model.model.layers[0].self_attn
-    first.q_proj.weight.zero_()
-    first.k_proj.weight.zero_()
-    for pair in range(6):  # The pairs of coordinates that turn fast enough to tell neighbours apart.
+    first.q_proj.weight[: 2 * size] = 0
+    first.k_proj.weight[:size] = 0
+    for pair in range(6):
+        # The phase between a token and the one before it, where this pair of coordinates turns fast enough to tell.
         angle = config.rope_parameters["rope_theta"] ** (-pair / half)
-        first.k_proj.weight[pair::size, 0] = 1.6
-        for head in range(config.num_attention_heads):
-            first.q_proj.weight[head * size + pair, 0] = 1.6 * math.cos(angle * (head + 1))
-            first.q_proj.weight[head * size + pair + half, 0] = -1.6 * math.sin(angle * (head + 1))
-    first.v_proj.weight.normal_(std=hidden**-0.5)
-    first.o_proj.weight.normal_(std=0.1 * hidden**-0.5)
+        first.q_proj.weight[pair, 0] = 1.6
+        first.k_proj.weight[pair, 0] = 1.6 * math.cos(angle)
+        first.k_proj.weight[pair + half, 0] = 1.6 * math.sin(angle)
     first.v_proj.weight[:size] = read
     first.o_proj.weight[:, :size] = 0.1 * write.T
     slow = torch.tensor([float(i % half >= 5) for i in range(size)])[:, None]
@@ -193,26 +190,36 @@ def loss_of(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> Tensor:
     return functional.cross_entropy(model.lm_head(hidden[chosen]), targets[chosen])
 
 
+def average_gradients(model: LlamaForCausalLM) -> None:
+    """Mean gradients over the processes of the group, if there is one."""
+    if not dist.is_initialized():
+        return
+    gradients = [parameter.grad for parameter in model.parameters()]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
 class Run:
     """Everything a training run needs to continue after a stop."""
 
-    def __init__(self, folder: Path, minutes: float, seed: int) -> None:
+    def __init__(self, folder: Path, total: int, seed: int) -> None:
         torch.manual_seed(seed)
-        self.folder, self.seconds = folder, minutes * 60
-        folder.mkdir(parents=True, exist_ok=True)
-        tiny_tokenizer.save(tiny_tokenizer.train(), folder)
+        self.folder, self.total = folder, total
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.text = Text(self.tokenizer, seed)
         self.model = LlamaForCausalLM(LlamaConfig(**copy.deepcopy(CONFIG))).train()
-        start_looking_back(self.model)
+        start_induction(self.model, self.tokenizer.get_vocab())
         self.average = copy.deepcopy(self.model).eval()
         matrices = [p for n, p in self.model.named_parameters() if p.ndim == 2 and "layers" in n]
         others = [p for n, p in self.model.named_parameters() if p.ndim != 2 or "layers" not in n]
         self.optimizers = [
-            Muon(matrices, lr=0.015),
-            torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01),
+            Muon(matrices, lr=0.008),
+            torch.optim.AdamW(others, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.01),
         ]
-        self.base_rates = [0.015, 3e-3]
+        self.base_rates = [0.008, 1.5e-3]
         self.elapsed, self.step, self.tokens = 0.0, 0, 0
 
     def save(self) -> None:
@@ -220,7 +227,6 @@ class Run:
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "random": (self.text.rng.getstate(), torch.get_rng_state()),
             "steering": (self.text.accuracy, self.text.level),
             "progress": (self.elapsed, self.step, self.tokens),
         }
@@ -230,26 +236,30 @@ class Run:
     def load(self) -> bool:
         if not (self.folder / "state.pt").exists():
             return False
-        state = torch.load(self.folder / "state.pt", weights_only=False)
+        state = torch.load(self.folder / "state.pt", weights_only=True)
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.text.rng.setstate(state["random"][0])
-        torch.set_rng_state(state["random"][1])
         self.text.accuracy, self.text.level = state["steering"]
         self.elapsed, self.step, self.tokens = state["progress"]
         return True
 
+    def draw_text(self, seed: int, rank: int) -> None:
+        """Each process, and each continuation, draws text of its own."""
+        self.text.rng.seed(f"text {seed} {rank} {self.step}")
+        torch.manual_seed(self.text.rng.randrange(2**31))
+
     def rate(self) -> float:
-        """Warm-up over 60 steps, then flat, then down to 2% over the last 40% of the time."""
-        left = max(0.0, 1 - self.elapsed / self.seconds)
+        """Warm-up over 60 steps, then flat, then down to 2% over the last 40% of the tokens."""
+        left = max(0.0, 1 - self.tokens / self.total)
         return min(1.0, (self.step + 1) / 60) * min(1.0, max(0.02, left / 0.4))
 
     def learn(self) -> float:
         ids, weights = self.text.batch()
         loss = loss_of(self.model, ids, weights)
         loss.backward()
+        average_gradients(self.model)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         rate = self.rate()
         for optimizer, base in zip(self.optimizers, self.base_rates, strict=True):
@@ -262,7 +272,7 @@ class Run:
             for mean, new in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 mean.lerp_(new, 1 - keep)
         self.step += 1
-        self.tokens += ids.numel()
+        self.tokens += ids.numel() * (dist.get_world_size() if dist.is_initialized() else 1)
         return loss.item()
 
     def steer(self) -> str:
@@ -271,7 +281,7 @@ class Run:
         """
         most = PAIRS[self.text.level]
         marks = {}
-        for skill, count in (("facts", 64), ("sums", 64), ("differences", 32), ("lookup", 48), ("tools", 24)):
+        for skill, count in (("facts", 48), ("sums", 48), ("differences", 24), ("lookup", 40), ("tools", 16)):
             questions = data.held_out(skill, count, self.step, most)
             right = correct(self.average, self.tokenizer, questions)
             marks[skill] = sum(right) / len(right)
@@ -310,55 +320,66 @@ def export(average: LlamaForCausalLM, source: Path, target: Path) -> None:
         (target / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the tiny Llama from scratch on a CPU.")
-    parser.add_argument("--run", type=Path, required=True, help="folder for the run's state; continued if it has one")
-    parser.add_argument("--minutes", type=float, default=55.0, help="training time, over all continuations")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--export", type=Path, help="write the run's averaged weights as a checkpoint here, and stop")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    run = Run(arguments.run, arguments.minutes, arguments.seed)
-    continued = run.load()
-    parameters = sum(p.numel() for p in run.model.parameters())
-    if arguments.export:
-        training = {
-            "parameters": parameters,
-            "tokens": run.tokens,
-            "steps": run.step,
-            "minutes": round(run.elapsed / 60, 1),
-            "threads": arguments.threads,
-            "lookup_pairs_reached": PAIRS[run.text.level],
-        }
-        export(run.average, arguments.run, arguments.export)
-        record = arguments.export.parent / "accuracy.json"
-        known = json.loads(record.read_text()) if record.exists() else {}
-        record.write_text(json.dumps(known | {"training": training}, indent=2) + "\n")
-        return
-    print(
-        f"{parameters:,} parameters, {'continued at step ' + str(run.step) if continued else 'from scratch'}",
-        flush=True,
-    )
+def train(rank: int, arguments: argparse.Namespace) -> None:
+    """One process of the run, on one thread: two wait for each other once a step, two threads hundreds of times."""
+    torch.set_num_threads(1)
+    if arguments.processes > 1:
+        meeting = f"file://{(arguments.run / 'meeting').resolve()}"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=arguments.processes)
+    run = Run(arguments.run, arguments.tokens, arguments.seed)
+    run.load()
+    run.draw_text(arguments.seed, rank)
     losses: list[float] = []
-    asked = saved = clock = time.monotonic()
-    while run.elapsed < run.seconds:
+    saved = clock = time.monotonic()
+    while run.tokens < run.total:
         losses.append(run.learn())
         if not math.isfinite(losses[-1]):
             raise ValueError(f"the loss is {losses[-1]} at step {run.step}")
+        report = run.steer() if run.step % 40 == 0 else ""
         now = time.monotonic()
         run.elapsed, clock = run.elapsed + now - clock, now
-        if now - asked > 60:
-            report = run.steer()
-            speed = f"{run.tokens / run.elapsed:,.0f} tokens/s"
+        if report and rank == 0:
+            speed = f"{run.tokens:,} tokens, {run.tokens / run.elapsed:,.0f}/s"
             mean = sum(losses) / len(losses)
-            print(f"{run.elapsed / 60:5.1f} min step {run.step} loss {mean:.3f} {speed} {report}", flush=True)
-            losses, asked = [], now
-        if now - saved > 120:
+            print(f"{run.elapsed / 60:5.1f} min step {run.step} loss {mean:.3f} {speed}: {report}", flush=True)
+            losses = []
+        if rank == 0 and (now - saved > 120 or run.tokens >= run.total):
             run.save()
             saved = now
-    print(f"done: {run.step} steps, {run.tokens:,} tokens, {run.steer()}", flush=True)
-    run.save()
+    if dist.is_initialized():
+        dist.barrier()  # Who leaves first closes connections that the other may still read from.
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the tiny Llama from scratch on a CPU.")
+    parser.add_argument("--run", type=Path, required=True, help="folder for the run's state; continued if it has one")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="to train on, over all continuations")
+    parser.add_argument("--processes", type=int, default=2, choices=(1, 2, 4), help="of one thread each")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--export", type=Path, help="write the run's averaged weights as a checkpoint here, and stop")
+    arguments = parser.parse_args()
+    arguments.run.mkdir(parents=True, exist_ok=True)
+    tiny_tokenizer.save(tiny_tokenizer.train(), arguments.run)
+    if not arguments.export:
+        (arguments.run / "meeting").unlink(missing_ok=True)
+        torch.multiprocessing.spawn(train, (arguments,), nprocs=arguments.processes)
+        return
+    run = Run(arguments.run, arguments.tokens, arguments.seed)
+    if not run.load():
+        raise SystemExit(f"{arguments.run} holds no run to export")
+    training = {
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "tokens": run.tokens,
+        "steps": run.step,
+        "minutes": round(run.elapsed / 60, 1),
+        "processes": arguments.processes,
+        "lookup_pairs_reached": PAIRS[run.text.level],
+    }
+    export(run.average, arguments.run, arguments.export)
+    record = arguments.export.parent / "accuracy.json"
+    known = json.loads(record.read_text()) if record.exists() else {}
+    record.write_text(json.dumps(known | {"training": training}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
