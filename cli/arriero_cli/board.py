@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from arriero_cli.view import GroupView, RankLine
+from arriero_cli.view import DeploymentView, ProcessView, RankLine
 
 _STYLES = {
     "gone": "red",
@@ -24,16 +24,16 @@ _STYLES = {
     "draining": "yellow",
     "failed": "bold red",
 }
-_QUIET_RECORD = re.compile(r"\S+ [DI] ")  # the workers' log lines: time, level, name, message
+_QUIET_RECORD = re.compile(r"\S+ [DI] ")  # log lines of this project: time, level, name, message
 _BAR = 24
 
 
 class Board:
-    """Prints to one console. `verbose` also shows the pods' log records that are no warnings."""
+    """Prints to one console. `verbose` also shows the processes' log records that are no warnings."""
 
-    def __init__(self, view: GroupView, console: Console, *, verbose: bool = False) -> None:
+    def __init__(self, view: DeploymentView, console: Console, *, verbose: bool = False) -> None:
         self._view, self._console, self._verbose = view, console, verbose
-        self._shown: dict[int, RankLine] = {}
+        self._shown: dict[tuple[int, int], RankLine] = {}
         self._live: Live | None = None
 
     def open(self) -> None:
@@ -60,36 +60,30 @@ class Board:
         """Print a text of its own; it is never wrapped, so that what it holds can be pasted."""
         self._console.print(Text(text, style=style), soft_wrap=True)
 
-    # PodEvents
+    def row(self, name: str, view: ProcessView) -> Row:
+        """Where the events of one process go: to its view, and shown under its name."""
+        return Row(self, name, view)
 
-    def pod_started(self, pod: int, pid: int) -> None:
-        self._view.pod_started(pod, pid)
-        if self._view.pods[pod].starts > 1:
-            self.say(f"pod {pod} was started again", "yellow")
+    def shows(self, line: str) -> bool:
+        """Whether a line that a process wrote is worth showing."""
+        return self._verbose or bool(line.strip() and not _QUIET_RECORD.match(line))
 
-    def pod_ended(self, pod: int, how: str, again_in: float) -> None:
-        self._view.pod_ended(pod)
-        when = "at once" if not again_in else f"in {again_in:g} s"
-        self.say(f"pod {pod} ended ({how}); it starts again {when}", "red")
-        self.refresh()
-
-    def pod_said(self, pod: int, line: str) -> None:
-        if self._verbose or (line.strip() and not _QUIET_RECORD.match(line)):
-            self.say(f"pod {pod} | {line}", "dim")
+    def _ranks(self) -> list[tuple[int, RankLine]]:
+        return [(index, line) for index, replica in enumerate(self._view.replicas) for line in replica.ranks()]
 
     def _print_changes(self) -> None:
-        for line in self._view.ranks():
-            shown = self._shown.get(line.rank)
+        for replica, line in self._ranks():
+            shown = self._shown.get((replica, line.rank))
             if shown is None or shown.key != line.key:
-                self._shown[line.rank] = line
-                self._console.print(_sentence(line), soft_wrap=True)
+                self._shown[replica, line.rank] = line
+                self._console.print(_sentence(self._view.name(replica, "rank", line.rank), line), soft_wrap=True)
 
     def _table(self) -> Table:
         table = Table(box=None, show_header=False, pad_edge=False)
-        for line in self._view.ranks():
+        for replica, line in self._ranks():
             bar = ProgressBar(total=max(line.total, 1), completed=line.loaded, width=_BAR)
             table.add_row(
-                f"rank {line.rank}",
+                self._view.name(replica, "rank", line.rank),
                 Text(line.place, style="dim"),
                 Text(line.phase, style=_STYLES[line.phase]),
                 bar if line.phase == "loading" else "",
@@ -98,8 +92,30 @@ class Board:
         return table
 
 
-def _sentence(line: RankLine) -> Text:
-    text = Text(f"rank {line.rank} ({line.place}): ")
+class Row:
+    """The events of one process (ProcessEvents)."""
+
+    def __init__(self, board: Board, name: str, view: ProcessView) -> None:
+        self._board, self._name, self._view = board, name, view
+
+    def started(self, pid: int) -> None:
+        self._view.started(pid)
+        if self._view.starts > 1:
+            self._board.say(f"{self._name} was started again", "yellow")
+
+    def ended(self, how: str, again_in: float) -> None:
+        self._view.ended()
+        when = "at once" if not again_in else f"in {again_in:g} s"
+        self._board.say(f"{self._name} ended ({how}); it starts again {when}", "red")
+        self._board.refresh()
+
+    def said(self, line: str) -> None:
+        if self._board.shows(line):
+            self._board.say(f"{self._name} | {line}", "dim")
+
+
+def _sentence(name: str, line: RankLine) -> Text:
+    text = Text(f"{name} ({line.place}): ")
     text.append(line.phase, style=_STYLES[line.phase])
     if line.detail:
         text.append(f", {line.detail}")

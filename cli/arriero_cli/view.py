@@ -1,7 +1,8 @@
-"""What is known of a running group, put together from its pods' processes and their Worker.Status streams. No I/O."""
+"""What is known of a running deployment, from its processes and the Worker.Status streams of its pods. No I/O."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from arriero.inference.v1 import worker_pb2 as pb
@@ -43,10 +44,30 @@ class RankLine:
 
 
 @dataclass
-class _Pod:
+class ProcessView:
+    """One kept process."""
+
     pid: int = 0
+    """0: not there."""
     starts: int = 0
+
+    def started(self, pid: int) -> None:
+        self.pid = pid
+        self.starts += 1
+
+    def ended(self) -> None:
+        self.pid = 0
+
+
+@dataclass
+class PodView(ProcessView):
+    """One pod's process, and what it says on its control port."""
+
     status: pb.StatusResponse | None = None
+
+    def ended(self) -> None:
+        super().ended()
+        self.status = None
 
 
 @dataclass
@@ -54,20 +75,12 @@ class GroupView:
     """Follows one group. A rank's truth comes from its own pod, the group's from the leader's."""
 
     launch: Launch
-    pods: list[_Pod] = field(init=False)
+    pods: list[PodView] = field(init=False)
     reason: str = ""
     """The last reason a rank gave for not going on."""
 
     def __post_init__(self) -> None:
-        self.pods = [_Pod() for _ in self.launch.pods]
-
-    def pod_started(self, pod: int, pid: int) -> None:
-        self.pods[pod].pid = pid
-        self.pods[pod].starts += 1
-
-    def pod_ended(self, pod: int) -> None:
-        self.pods[pod].pid = 0
-        self.pods[pod].status = None
+        self.pods = [PodView() for _ in self.launch.pods]
 
     def told(self, pod: int, status: pb.StatusResponse) -> None:
         """A pod answered on its control port; of a pod that ended meanwhile nothing is believed any more."""
@@ -103,6 +116,43 @@ class GroupView:
             phase, loaded, total = PHASE_WORDS.get(told.phase, "starting"), told.bytes_loaded, told.bytes_total
             detail = _detail(told)
         return RankLine(rank, index, f"stage {stage}, tensor {tensor}", phase, loaded, total, detail)
+
+
+class DeploymentView:
+    """Follows the replicas of a deployment and the router in front of them."""
+
+    def __init__(self, launches: Sequence[Launch]) -> None:
+        self.replicas = [GroupView(launch) for launch in launches]
+        self.router = ProcessView()
+
+    def name(self, replica: int, what: str, index: int) -> str:
+        """How sentences call a pod or rank; a single replica goes without saying."""
+        return f"{what} {index}" if len(self.replicas) == 1 else f"replica {replica} {what} {index}"
+
+    @property
+    def serving(self) -> int:
+        """Replicas that serve."""
+        return sum(replica.serving for replica in self.replicas)
+
+    @property
+    def requests(self) -> int:
+        """Requests running or waiting at the replicas."""
+        return sum(replica.requests for replica in self.replicas)
+
+    def lost(self, replica: int) -> str:
+        """The sentence for a replica that has stopped serving."""
+        count = len(self.replicas)
+        if count == 1:
+            return "not serving: requests wait"
+        rest = f"{self.serving} of {count} serve" if self.serving else "none serves, requests wait"
+        return f"replica {replica} is not serving: {rest}"
+
+    def found(self, replica: int, seconds: float) -> str:
+        """The sentence for a replica that serves again after so long."""
+        count = len(self.replicas)
+        if count == 1:
+            return f"serving again after {seconds:.1f} s"
+        return f"replica {replica} is serving again after {seconds:.1f} s: {self.serving} of {count} serve"
 
 
 def _detail(told: pb.RankStatus) -> str:

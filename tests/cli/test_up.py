@@ -11,12 +11,14 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from arriero_cli.errors import CommandError
+from arriero_cli.local import check_installed, process_environment
 from arriero_cli.main import main
-from arriero_cli.up import pod_environment
 from arriero_plan.launch import parse_launch
 
 RUN_UP = Path(__file__).parent / "programs" / "run_up.py"
@@ -25,7 +27,8 @@ PATIENCE = 30.0
 
 
 def pids(run: Path) -> list[int]:
-    return [int(pid) for file in sorted(run.glob("pids-*")) for pid in file.read_text().split()]
+    """Of the pods of all replicas."""
+    return [int(pid) for file in sorted(run.glob("replica-*/pids-*")) for pid in file.read_text().split()]
 
 
 def is_there(pid: int) -> bool:
@@ -33,6 +36,23 @@ def is_there(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
+
+
+def first_event(answer: str) -> list[str]:
+    """What the stub pod says of the request: path, model, question, its group."""
+    event: list[str] = json.loads(answer.split("\n")[0].removeprefix("data: "))
+    return event
+
+
+def children(pid: int) -> dict[int, str]:
+    """Commands of a process's children."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return {int(child): Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode() for child in found}
+
+
+def router_of(up_pid: int) -> int:
+    (pid,) = [pid for pid, command in children(up_pid).items() if "arriero_router" in command]
+    return pid
 
 
 def eventually(condition: Callable[[], object]) -> None:
@@ -63,21 +83,22 @@ def test_serves_shows_each_rank_and_drains(start, deployment_file, tmp_path):
 
     curl = up.wait_for(r"  (curl .*)\n")[1]
     answer = subprocess.run(shlex.split(curl), capture_output=True, text=True, check=True).stdout
-    path, model, asked = json.loads(answer.removeprefix("data: "))
-    assert (path, model) == ("/v1/chat/completions", "org/small")
+    path, model, asked, group = first_event(answer)
+    assert (path, model, group) == ("/v1/chat/completions", "org/small", "small-0")
     assert "capital" in asked
 
-    launch = parse_launch((run / "launch.json").read_text(), "launch")
+    launch = parse_launch((run / "replica-0" / "launch.json").read_text(), "launch")
     assert launch.model_path == str(tmp_path / "checkpoint")
-    ports = [port for pod in launch.pods for port in (pod.control_port, pod.store_port)]
-    assert len(set(ports)) == 4
     assert {pod.host for pod in launch.pods} == {"127.0.0.1"}
-    assert "pod 1 is up" in (run / "pod-1.log").read_text()
+    assert f"127.0.0.1:{launch.pods[0].http_port}" not in curl
+    assert "pod 1 is up" in (run / "replica-0" / "pod-1.log").read_text()
+    assert "listening" in (run / "router.log").read_text()
 
     os.kill(up.pid, signal.SIGINT)
     assert up.end() == 0
     assert up.output.rstrip().endswith("drained")
     assert "3 requests left" in up.output
+    assert json.loads((run / "access.log").read_text())["path"] == "/v1/chat/completions"
     assert not any(is_there(pid) for pid in pids(run))
 
 
@@ -127,7 +148,7 @@ def test_lost_pod_is_started_again_and_its_processes_do_not_stay(start, deployme
     run = tmp_path / "run"
     up = start(RUN_UP, deployment_file(), *PORTS, "--run-dir", run, ARRIERO_STUB='{"child": true}')
     up.wait_for("Ctrl-C finishes")
-    leader, child = map(int, (run / "pids-0").read_text().split())
+    leader, child = map(int, (run / "replica-0" / "pids-0").read_text().split())
     seen = len(up.output)
     os.kill(leader, signal.SIGKILL)
     up.wait_for(r"pod 0 ended \(SIGKILL\); it starts again at once")
@@ -135,7 +156,7 @@ def test_lost_pod_is_started_again_and_its_processes_do_not_stay(start, deployme
     up.wait_for(r"rank 0 .*: serving", seen)
     up.wait_for("serving again after", seen)
     assert not is_there(child)
-    again = int((run / "pids-0").read_text().split()[2])
+    again = int((run / "replica-0" / "pids-0").read_text().split()[2])
     assert is_there(again)
     os.kill(up.pid, signal.SIGTERM)
     assert up.end() == 0
@@ -157,6 +178,84 @@ def test_nothing_outlives_a_killed_starter_and_the_next_one_cleans_up(start, dep
     assert not run.exists()
     os.kill(other.pid, signal.SIGTERM)
     assert other.end() == 0
+
+
+def test_replicas_stand_behind_one_router(start, deployment_file, tmp_path):
+    """Each has ports, a directory and cores of its own; a lost one is said, and the others go on."""
+    run = tmp_path / "run"
+    file = deployment_file(spec__replicas=2, spec__router={"policy": "round-robin"})
+    up = start(RUN_UP, file, *PORTS, "--run-dir", run)
+    up.wait_for("Ctrl-C finishes")
+    assert "2 replicas of tensor 2 x pipeline 2, 8 ranks in 4 pods" in up.output
+    for replica in (0, 1):
+        up.wait_for(f"replica {replica} rank 3 \\(stage 1, tensor 1\\): serving, epoch 7\n")
+    launches = [parse_launch((run / f"replica-{i}" / "launch.json").read_text(), "launch") for i in (0, 1)]
+    assert [launch.group for launch in launches] == ["small-0", "small-1"]
+    assert [launch.run_directory for launch in launches] == [str(run / f"replica-{i}") for i in (0, 1)]
+    pods = [pod for launch in launches for pod in launch.pods]
+    ports = [port for pod in pods for port in (pod.control_port, pod.store_port, pod.http_port, pod.grpc_port) if port]
+    assert len(ports) == len(set(ports)) == 2 * (2 * 2 + 2)
+    curl = shlex.split(up.wait_for(r"  (curl .*)\n")[1])
+
+    def groups(count: int) -> set[str]:
+        run_curl = partial(subprocess.run, capture_output=True, text=True, check=True)
+        return {first_event(run_curl(curl).stdout)[3] for _ in range(count)}
+
+    assert groups(2) == {"small-0", "small-1"}
+    seen = len(up.output)
+    os.kill(int((run / "replica-1" / "pids-0").read_text()), signal.SIGKILL)
+    up.wait_for(r"replica 1 pod 0 ended \(SIGKILL\); it starts again at once", seen)
+    up.wait_for("replica 1 is not serving: 1 of 2 serve", seen)
+    up.wait_for(r"replica 1 is serving again after .* s: 2 of 2 serve", seen)
+    assert groups(4) == {"small-0", "small-1"}
+    os.kill(up.pid, signal.SIGTERM)
+    assert up.end() == 0
+    assert "6 requests left" in up.output
+    left = pids(run)
+    assert len(left) == 5
+    assert not any(is_there(pid) for pid in left)
+
+
+def test_lost_router_is_started_again(start, deployment_file):
+    up = start(RUN_UP, deployment_file(), *PORTS)
+    up.wait_for("Ctrl-C finishes")
+    curl = shlex.split(up.wait_for(r"  (curl .*)\n")[1])
+    router = router_of(up.pid)
+    os.kill(router, signal.SIGKILL)
+    up.wait_for(r"router ended \(SIGKILL\); it starts again at once")
+    up.wait_for("the router answers again after")
+    answer = subprocess.run(curl, capture_output=True, text=True, check=True).stdout
+    assert first_event(answer)[3] == "small-0"
+    again = router_of(up.pid)
+    assert again != router
+    up.process.kill()
+    eventually(lambda: not is_there(again))
+
+
+def test_ctrl_c_lets_clients_have_their_answers(start, deployment_file, tmp_path):
+    """The router finishes what it has begun, while the replicas are still there."""
+    go = tmp_path / "go"
+    up = start(RUN_UP, deployment_file(), *PORTS, ARRIERO_STUB=json.dumps({"pause": str(go)}))
+    up.wait_for("Ctrl-C finishes")
+    curl = shlex.split(up.wait_for(r"  (curl .*)\n")[1])
+    with subprocess.Popen(curl, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as client:
+        assert client.stdout is not None
+        begun = client.stdout.readline()
+        os.kill(up.pid, signal.SIGINT)
+        up.wait_for("draining, for at most 5 s")
+        assert up.process.poll() is None
+        go.touch()
+        assert first_event(begun + client.stdout.read())[3] == "small-0"
+        assert client.wait(PATIENCE) == 0
+    assert up.end() == 0
+    assert up.output.rstrip().endswith("drained")
+
+
+def test_a_router_that_can_never_run_ends_it_with_the_reason(start, deployment_file):
+    code = "import sys; print('12:00:00 E arriero.router models: missing'); sys.exit(2)"
+    up = start(RUN_UP, deployment_file(), *PORTS, ARRIERO_STUB_ROUTER=code)
+    assert up.end() == 1
+    assert up.output.rstrip().splitlines()[-1] == "arriero: the router cannot run: models: missing"
 
 
 @pytest.mark.parametrize("when", ["refuse", "early"])
@@ -194,14 +293,14 @@ def test_pods_get_an_explicit_environment(start, deployment_file, tmp_path):
     file = deployment_file(spec__engine={"threadsPerRank": 3})
     up = start(RUN_UP, file, *PORTS, "--run-dir", run, SECRET_TOKEN="x", XDG_CACHE_HOME=str(tmp_path / "cache"))
     up.wait_for("is ready")
-    found = json.loads((run / "environment-1.json").read_text())
+    found = json.loads((run / "replica-0" / "environment-1.json").read_text())
     assert found["OMP_NUM_THREADS"] == "3"
     assert found["NUMBA_CACHE_DIR"] == str(tmp_path / "cache" / "arriero" / "numba")
     assert "SECRET_TOKEN" not in found
-    launch = parse_launch((run / "launch.json").read_text(), "launch")
+    launch = parse_launch((run / "replica-0" / "launch.json").read_text(), "launch")
     assert launch.engine.threads == 3
     own = {"PATH": "/bin", "HOME": "/h", "ARRIERO_X": "1", "OTHER": "2", "OMP_NUM_THREADS": "64"}
-    built = pod_environment(launch, own)
+    built = process_environment(own, launch.engine.threads)
     assert built["ARRIERO_X"] == "1"
     assert built["OMP_NUM_THREADS"] == "3"
     assert "OTHER" not in built
@@ -214,10 +313,6 @@ def test_pods_get_an_explicit_environment(start, deployment_file, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        (
-            {"spec__replicas": 2},
-            "spec.replicas is 2: several local replicas need the router; on one machine set it to 1",
-        ),
         ({"spec__replicas": 0}, "spec.replicas is 0: there is nothing to start"),
         (
             {"spec__model__source": {"huggingFace": {"repo": "meta-llama/Llama-3.1-8B"}}},
@@ -256,6 +351,16 @@ def test_port_in_use_is_said(deployment_file, capsys, option):
         assert main(["up", str(deployment_file()), option, str(port), *others, "0"]) == 1
     expected = f"arriero: port {port} is in use: choose another one with {option}, or 0 for any free one\n"
     assert capsys.readouterr().err == expected
+
+
+def test_what_is_not_installed_is_said():
+    check_installed()
+    with pytest.raises(CommandError) as refused:
+        check_installed({"worker": ("json",), "router": ("json", "no_such_module")})
+    expected = (
+        "arriero up needs the extra router (no_such_module is not installed): pip install 'arriero[worker,router]'"
+    )
+    assert str(refused.value) == expected
 
 
 def test_refusals_leave_nothing_in_the_temporary_directory(deployment_file, tmp_path, monkeypatch):

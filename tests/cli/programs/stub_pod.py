@@ -1,7 +1,8 @@
-"""A pod without a model: it speaks Worker.Status and, as the leader, the few HTTP answers that `arriero up` needs.
+"""A pod without a model: it speaks Worker.Status and, as the leader, answers requests over HTTP with what was asked.
 
 The test steers it through ARRIERO_STUB, a JSON object:
   hold     stay at half of the weights until this file is there
+  pause    stay within each answer until this file is there
   refuse   reason for which the ranks of pod 1 fail for good
   early    the same before the control port is there: only the log tells
   child    leave a process behind that outlives the pod
@@ -28,6 +29,7 @@ from arriero.inference.v1 import worker_pb2_grpc
 from arriero_plan.launch import Launch, parse_launch
 
 WEIGHTS = 4 << 20
+DONE = b"data: [DONE]\n\n"
 
 
 class Pod(worker_pb2_grpc.WorkerServicer):
@@ -72,18 +74,27 @@ class Pod(worker_pb2_grpc.WorkerServicer):
                 self.failure_told.set()
 
 
-def faces(pod: Pod) -> type[BaseHTTPRequestHandler]:
+def faces(pod: Pod, pause: Path | None) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
         def do_GET(self) -> None:
             self.send_response(200 if pod.phase == pb.PHASE_SERVING and self.path == "/health/ready" else 503)
+            self.send_header("Content-Length", "0")
             self.end_headers()
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+            answer = f"data: {json.dumps([self.path, body['model'], asked, pod.launch.group])}\n\n".encode()
             self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Content-Length", str(len(answer) + len(DONE)))
             self.end_headers()
-            self.wfile.write(f"data: {json.dumps([self.path, body['model'], asked])}\n\n".encode())
+            self.wfile.write(answer)
+            while pause is not None and not pause.exists():
+                time.sleep(0.02)
+            self.wfile.write(DONE)
 
         def log_message(self, *args: object) -> None:
             pass
@@ -129,7 +140,8 @@ def main() -> int:
     pod.enter(pb.PHASE_SERVING, WEIGHTS)
     if index == 0:
         address = ("127.0.0.1", launch.pods[0].http_port)
-        threading.Thread(target=ThreadingHTTPServer(address, faces(pod)).serve_forever, daemon=True).start()
+        pause = Path(steer["pause"]) if "pause" in steer else None
+        threading.Thread(target=ThreadingHTTPServer(address, faces(pod, pause)).serve_forever, daemon=True).start()
     leaving.wait()
     pod.requests = 3
     pod.enter(pb.PHASE_DRAINING, WEIGHTS)
