@@ -9,12 +9,12 @@ import msgspec
 from arriero_faces.http.errors import HttpError
 from arriero_faces.http.exchange import Exchange
 from arriero_faces.prefix import RoutedFields
-from arriero_faces.resume import CREATED, HEADER, ID, SEED, TOKENS
+from arriero_faces.resume import HEADER
 from arriero_router.core.dispatch import Grant
 from arriero_router.core.replay import Break
 from arriero_router.front.journey import HoldSettings, Outcome
 from arriero_router.front.record import Record
-from arriero_router.front.relay import Answer, Progress, Relay, forwarded
+from arriero_router.front.relay import Progress, Relay, forwarded
 from arriero_router.front.upstream import UpstreamError
 
 EVENT_STREAM = "text/event-stream; charset=utf-8"
@@ -39,7 +39,6 @@ _NOT_FORWARDED = frozenset(
     )
 )
 """Ends here, or is written anew for each attempt."""
-_RESUME = (TOKENS, SEED, ID, CREATED)
 
 
 class _Tokens(msgspec.Struct):
@@ -62,7 +61,7 @@ _used_in = msgspec.json.Decoder(_Used).decode
 class Forward:
     """`run` once. Afterwards the client has its answer, whole or cut, and the fields tell how it went."""
 
-    __slots__ = ("_exchange", "_fields", "_head", "_last_answer", "_passes_comments", "_progress", "_record", "_trace")
+    __slots__ = ("_exchange", "_fields", "_head", "_last", "_passes_comments", "_progress", "_record", "_trace")
 
     def __init__(self, exchange: Exchange, record: Record, fields: RoutedFields, generates: bool) -> None:
         """`generates`: it asks for tokens; any other request is sent again only if nothing came back."""
@@ -71,7 +70,8 @@ class Forward:
         self._trace = b""
         self._passes_comments = False
         self._head = b""
-        self._last_answer: Answer | None = None
+        self._last: Relay | None = None
+        """The last attempt that reached a replica."""
         self._progress = Progress({})
 
     async def run(self, hold: HoldSettings) -> None:
@@ -158,8 +158,7 @@ class Forward:
         if how is None:
             self._answered(relay)
             return Outcome(None)
-        if relay.answer is not None:
-            self._last_answer = relay.answer
+        self._last = relay
         return Outcome(
             how,
             relay.error,
@@ -171,7 +170,8 @@ class Forward:
     def _tail(self, authority: str, traceparent: bytes) -> bytes:
         """The part of the head that is another one for each attempt."""
         trace = b"traceparent: %b\r\n" % traceparent if traceparent else b""
-        resume = self._progress.headers(self._answers()) if self._record.streamed else []
+        progress = self._progress
+        resume = progress.headers(self._answers() if progress.begun else 0)
         lines = "".join([f"{name}: {value}\r\n" for name, value in resume])
         return b"%bhost: %b\r\n%b\r\n" % (trace, authority.encode("latin-1"), lines.encode("latin-1"))
 
@@ -205,7 +205,7 @@ class Forward:
         status, headers, body = relay.answer
         if self._exchange.started:
             # Keep-alives were sent and the answer is no stream: an error that the replica gave at once.
-            self._cut(HttpError(status, _message_of(body)))
+            self._cut(HttpError(status if status >= 400 else 502, _message_of(body)))
             return
         content_type, kept = forwarded(headers, self._record.request_id)
         self._exchange.respond(status, body, content_type, kept)
@@ -229,38 +229,43 @@ class Forward:
         """What the client has had of a stream, as far as it can be known."""
         record, progress = self._record, self._progress
         if progress.begun and self._fields is not None:
-            record.cached_tokens = progress.cached()
+            record.cached_tokens = progress.cached
             record.served.metrics.cached_tokens += record.cached_tokens
-            record.completion_tokens = progress.tokens()
+            record.completion_tokens = progress.tokens
             record.used = prompt_estimate(record.ask.size) + record.completion_tokens
 
     def _give_up(self, outcome: Outcome) -> None:
         """No further attempt is made."""
-        exchange = self._exchange
-        answer = self._last_answer
-        if not exchange.started and answer is not None and outcome.kind in (Break.REFUSED, Break.FAILED):
-            status, headers, body = answer
-            content_type, kept = forwarded(headers, self._record.request_id)
-            exchange.respond(status, body, content_type, kept)
-            return
+        exchange, last = self._exchange, self._last
+        if last is not None and outcome.kind in (Break.REFUSED, Break.FAILED, Break.CLIENT):
+            if last.answer is not None and not exchange.started:
+                status, headers, body = last.answer
+                content_type, kept = forwarded(headers, self._record.request_id)
+                exchange.respond(status, body, content_type, kept)
+                return
+            if last.failure is not None:
+                self._fail(last.failure)
+                return
         made = self._record.journey.attempts.made
         error = HttpError(
             502,
             f"no replica could answer; the last one: {outcome.error or 'broke off'} ({made} attempts)",
             code="replica_failed",
         )
-        if exchange.started:
-            self._cut(error)
-        else:
+        self._fail(error)
+
+    def _fail(self, error: HttpError) -> None:
+        if not self._exchange.started:
             raise error
+        self._cut(error)
 
     def _cut(self, error: HttpError) -> None:
         """An error in a stream that was begun: no client takes what it has for the whole answer."""
         exchange = self._exchange
         if not exchange.finished:
-            exchange.write(
-                b"data: " + msgspec.json.encode({"error": {**error.fields(), "status": error.status}}) + b"\n\n"
-            )
+            if self._record.streamed:
+                fields = {**error.fields(), "status": error.status}
+                exchange.write(b"data: " + msgspec.json.encode({"error": fields}) + b"\n\n")
             exchange.cut()
         exchange.status = error.status
         self._record.error = self._record.error or error.message

@@ -16,6 +16,7 @@ from arriero_router.front.forward import Forward
 from arriero_router.observe.metrics import CONTENT_TYPE
 
 if TYPE_CHECKING:
+    from arriero_router.front.auth import Principal
     from arriero_router.router import Router
     from arriero_router.served import Served
 
@@ -78,20 +79,18 @@ class HttpFace:
     # -- what replicas answer
 
     async def _chat(self, exchange: Exchange) -> str:
-        fields = _parsed(exchange)
-        return await self._forward(exchange, fields, fields.chat())
+        return await self._forward(exchange, RoutedFields.chat)
 
     async def _completions(self, exchange: Exchange) -> str:
-        fields = _parsed(exchange)
-        return await self._forward(exchange, fields, fields.text())
+        return await self._forward(exchange, RoutedFields.text)
 
     async def _tokenize(self, exchange: Exchange) -> str:
-        fields = _parsed(exchange)
-        return await self._forward(exchange, fields, NOTHING, generates=False)
+        return await self._forward(exchange, lambda fields: NOTHING, generates=False)
 
-    async def _forward(self, exchange: Exchange, fields: RoutedFields, marked: Marked, generates: bool = True) -> str:
+    async def _forward(self, exchange: Exchange, mark: Callable[[RoutedFields], Marked], generates: bool = True) -> str:
         router = self._router
-        principal = router.authorize(exchange.header(b"authorization"), exchange.header(b"x-api-key"))
+        principal = self._principal(exchange)
+        fields = _parsed(exchange)
         served = router.resolve(fields.model, principal)
         limit = fields.max_completion_tokens or fields.max_tokens
         session = (exchange.header(served.session_header) or fields.user or "") if served.by_session else ""
@@ -101,7 +100,7 @@ class HttpFace:
             peer=exchange.peer,
             principal=principal,
             served=served,
-            marked=marked,
+            marked=mark(fields),
             answer_tokens=(router.answer_tokens if limit is None else limit) * (fields.n or 1) if generates else 0,
             session=session,
             priority=fields.priority or 0,
@@ -118,22 +117,25 @@ class HttpFace:
             record.error = "the client went away"
             raise
         except Exception as error:
-            record.status, record.error = 500, str(error)
+            record.status, record.error = 500, f"{type(error).__name__}: {error}"
             raise
         finally:
             router.close(record)
         return served.name
 
+    def _principal(self, exchange: Exchange) -> Principal:
+        return self._router.authorize(exchange.header(b"authorization"), exchange.header(b"x-api-key"))
+
     # -- what the router answers itself
 
     async def _models(self, exchange: Exchange) -> str:
-        principal = self._router.authorize(exchange.header(b"authorization"), exchange.header(b"x-api-key"))
+        principal = self._principal(exchange)
         cards = [self._card(name, served) for name, served in self._router.names(principal)]
         exchange.respond(200, msgspec.json.encode({"object": "list", "data": cards}))
         return ""
 
     async def _model(self, exchange: Exchange) -> str:
-        principal = self._router.authorize(exchange.header(b"authorization"), exchange.header(b"x-api-key"))
+        principal = self._principal(exchange)
         name = unquote(exchange.path[len(_MODEL) :])
         served = self._router.resolve(name or "/", principal)
         exchange.respond(200, msgspec.json.encode(self._card(name, served)))

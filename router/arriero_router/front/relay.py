@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
+from arriero_faces.http.errors import HttpError
 from arriero_faces.http.exchange import Exchange
 from arriero_faces.resume import CACHED, CREATED, HEADER, ID, SEED, TOKENS
 from arriero_router.core.replay import Break
@@ -16,9 +19,15 @@ _EVENT_STREAM = b"text/event-stream"
 _COMMENT = b": arriero "
 _MARKER = b"\n\n" + _COMMENT
 _DONE = b"data: [DONE]\n\n"
+_DATA = b"data: "
+_NEXT = b"\n" + _DATA  # there is no line feed inside an event's JSON
 _UNFINISHED = b'"finish_reason":null'
-MAX_ANSWER = 64 * 1024 * 1024
-"""Bytes of an answer that is not streamed."""
+_OWN_FAULT = (501, 504, 505)
+"""Errors of a server that lie with the request: not supported, or late by the request's own limit."""
+MAX_ANSWER = 16 * 1024 * 1024
+"""Bytes of an answer that is not streamed, up to which it is kept until it is whole, so that it can be replayed."""
+MAX_EVENT = 16 * 1024 * 1024
+"""Bytes of a stream without a comment that vouches for them."""
 _HOP_BY_HOP = frozenset(
     (
         b"connection",
@@ -38,7 +47,9 @@ _HOP_BY_HOP = frozenset(
 
 class _ErrorFields(msgspec.Struct):
     message: str = ""
-    status: int = 502
+    status: Annotated[int, Meta(ge=400, le=599)] = 502
+    type: str | None = None
+    param: str | None = None
     code: str | None = None
 
 
@@ -46,13 +57,15 @@ class _ErrorEvent(msgspec.Struct):
     error: _ErrorFields
 
 
-class _Comment(msgspec.Struct):
-    tokens: list[int] = []
-    index: int = 0
-    seed: int | None = None
-    id: str | None = None
-    created: int | None = None
-    cached: int | None = None
+class Comment(msgspec.Struct):
+    """What a replica says of the piece in front of it. Bounded, for it becomes part of headers."""
+
+    tokens: list[Annotated[int, Meta(ge=0)]] = []
+    index: Annotated[int, Meta(ge=0, le=65535)] = 0
+    seed: Annotated[int, Meta(ge=0)] | None = None
+    id: Annotated[str, Meta(pattern=r"^[-_.A-Za-z0-9]{1,128}\Z")] | None = None
+    created: Annotated[int, Meta(ge=0)] | None = None
+    cached: Annotated[int, Meta(ge=0)] | None = None
 
 
 class _Choice(msgspec.Struct):
@@ -65,7 +78,7 @@ class _Event(msgspec.Struct):
 
 
 _error_of = msgspec.json.Decoder(_ErrorEvent).decode
-_comment_of = msgspec.json.Decoder(_Comment).decode
+_comment_of = msgspec.json.Decoder(Comment).decode
 _event_of = msgspec.json.Decoder(_Event).decode
 
 
@@ -75,67 +88,67 @@ class Progress:
     Only whole events whose tokens are known were passed on, so what is here is exactly what the client has.
     """
 
-    __slots__ = ("_comments", "_finished", "_given")
+    __slots__ = ("_finished", "_given", "_ids", "_values", "cached", "steps")
 
     def __init__(self, given: dict[str, str]) -> None:
-        self._comments: list[bytes] = []
-        self._finished: set[int] = set()
+        self.steps = 0
+        """Grows with everything that was passed on."""
+        self.cached = 0
+        """Prompt tokens that the first replica found in its cache, as far as told."""
         self._given = given
         """Resume headers of the client's own: it continues what it had from elsewhere."""
+        self._ids: list[list[int]] = []
+        self._finished: set[int] = set()
+        self._values: dict[str, str] = {}
 
-    def passed(self, comment: bytes) -> None:
-        self._comments.append(comment)
+    def passed(self, comment: Comment) -> None:
+        """A piece was passed on."""
+        self.steps += 1
+        index, ids = comment.index, self._ids
+        while len(ids) <= index:
+            ids.append([])
+        ids[index] += comment.tokens
+        if comment.cached is not None:
+            self.cached = comment.cached
+            self._values[CACHED] = str(comment.cached)
+        if comment.seed is not None or comment.id is not None:
+            for name, value in ((SEED, comment.seed), (ID, comment.id), (CREATED, comment.created)):
+                if value is not None:
+                    self._values.setdefault(name, str(value))
 
     def finished(self, event: bytes) -> None:
         """An event that may carry a finish was passed on."""
         try:
-            data = event.rpartition(b"data: ")[2]
-            self._finished.update(choice.index for choice in _event_of(data).choices if choice.finish_reason)
+            self._finished.update(choice.index for choice in _event_of(event).choices if choice.finish_reason)
         except msgspec.DecodeError:
             pass
 
     @property
     def begun(self) -> bool:
-        return bool(self._comments)
+        return self.steps > 0
 
     @property
-    def steps(self) -> int:
-        """Grows with everything that was passed on."""
-        return len(self._comments)
-
     def tokens(self) -> int:
-        """Tokens of all answers so far."""
-        return sum(len(_comment_of(comment).tokens) for comment in self._comments)
-
-    def cached(self) -> int:
-        """Prompt tokens that the first replica found in its cache, as far as told."""
-        for comment in reversed(self._comments):
-            if b'"cached"' in comment:
-                return _comment_of(comment).cached or 0
-        return 0
+        """Of all answers so far."""
+        return sum(map(len, self._ids))
 
     def headers(self, answers: int) -> list[tuple[str, str]]:
         """The resume headers that continue here, for a request of so many answers."""
-        if not self._comments:
+        if not self.steps:
             return list(self._given.items())
-        given = self._given.get(TOKENS, "").split(";") if TOKENS in self._given else []
-        ids = [[part] if (part := group.strip()) else [] for group in given]
-        ids += [[] for _ in range(answers - len(ids))]
-        values = {name: value for name, value in self._given.items() if name != TOKENS}
-        for raw in self._comments:
-            comment = _comment_of(raw)
-            if comment.index >= len(ids):
-                ids += [[] for _ in range(comment.index + 1 - len(ids))]
-            ids[comment.index] += map(str, comment.tokens)
-            for name, value in (
-                (SEED, comment.seed), (ID, comment.id), (CREATED, comment.created), (CACHED, comment.cached)
-            ):  # fmt: skip
-                if value is not None and (name == CACHED or name not in values):
-                    values[name] = str(value)
+        had = self._given[TOKENS].split(";") if TOKENS in self._given else []
         groups = []
-        for index, group in enumerate(ids):
-            text = ",".join(group)
+        for index in range(max(answers, len(had), len(self._ids))):
+            before = had[index].strip() if index < len(had) else ""
+            since = ",".join(map(str, self._ids[index])) if index < len(self._ids) else ""
+            text = ",".join(filter(None, (before, since)))
             groups.append(text + "!" if index in self._finished and not text.endswith("!") else text)
+        values = {
+            **self._values,
+            **{name: value for name, value in self._given.items() if name not in (TOKENS, CACHED)},
+        }
+        if CACHED in self._given:
+            values.setdefault(CACHED, self._given[CACHED])
         return [(TOKENS, ";".join(groups)), *values.items()]
 
 
@@ -160,11 +173,11 @@ class Relay:
         "_passes_comments",
         "_progress",
         "_request_id",
-        "_size",
         "_upstream",
         "answer",
         "done",
         "error",
+        "failure",
         "passed",
         "status",
         "untouched",
@@ -184,6 +197,8 @@ class Relay:
         self.status = 0
         self.error = ""
         """What the replica said, or how it broke off, in words."""
+        self.failure: HttpError | None = None
+        """The error that ended a stream, as the replica told it."""
         self.answer: Answer | None = None
         """An answer that is no stream; the caller decides whether the client gets it."""
         self.untouched = False
@@ -196,7 +211,6 @@ class Relay:
         self._headers: list[tuple[bytes, bytes]] = []
         self._mode = ""
         self._parts: list[bytes] = []
-        self._size = 0
         self._buffer = b""
 
     # -- Receiver
@@ -206,22 +220,32 @@ class Relay:
         self._headers = headers
         self._mode = "whole"
         if status == 200:
+            streamed = vouched = False
             for name, value in headers:
-                if name == b"content-type" and value.startswith(_EVENT_STREAM):
-                    self._mode = "bytes" if self._mode == "whole" else self._mode
+                if name == b"content-type":
+                    streamed = value.startswith(_EVENT_STREAM)
                 elif name == b"x-arriero-resume":
-                    self._mode = "events"
+                    vouched = True
+            if streamed:
+                self._mode = "events" if vouched else "bytes"
+            if self._progress.begun and self._mode != "events":
+                self._fail("the replica cannot continue a stream")
 
     def body(self, data: bytes) -> None:
         self._parts.append(data)
 
     def flush(self) -> None:
-        if self._mode == "whole":
-            self._size = sum(map(len, self._parts)) if len(self._parts) < 64 else self._fold()
-            if self._size > MAX_ANSWER:
-                self._end(Break.FAILED, f"the answer is larger than {MAX_ANSWER} bytes")
-                self._upstream.abandon()
+        if self.done.done():
+            self._parts.clear()  # behind the end of the stream
             return
+        if self._mode == "whole":
+            size = sum(map(len, self._parts)) if len(self._parts) < 64 else self._fold()
+            if size <= MAX_ANSWER:
+                return
+            if self.status != 200 or self._exchange.started:
+                self._fail(f"the answer is larger than {MAX_ANSWER} bytes")
+                return
+            self._mode = "bytes"  # too large to be kept: from here on nobody can take over
         parts = self._parts
         data = parts[0] if len(parts) == 1 else b"".join(parts)
         parts.clear()
@@ -235,18 +259,20 @@ class Relay:
             self._events(self._buffer + data if self._buffer else data)
 
     def end(self) -> None:
+        if self.done.done():
+            return
         if self._mode == "whole":
             self._whole()
         elif self._mode == "bytes":
             self._start()
             self._exchange.finish()
             self._end(None)
-        elif self._buffer == b"" and self._exchange.finished:
-            self._end(None)
         else:
             self._broken_stream("the answer ended too early")
 
     def broken(self, reason: str, untouched: bool) -> None:
+        if self.done.done():
+            return
         self.untouched = untouched
         if self._mode == "events":
             self._broken_stream(reason)
@@ -265,16 +291,9 @@ class Relay:
         if self._on_first is not None:
             self._on_first()
             self._on_first = None
-        status = self.status
-        if status in (429, 503):
-            self.answer = (status, self._headers, body)
-            self._end(Break.REFUSED, _words(body))
-        elif status >= 500:
-            self.answer = (status, self._headers, body)
-            self._end(Break.FAILED, _words(body))
-        else:
-            self.answer = (status, self._headers, body)
-            self._end(None)
+        kind = _kind_of(self.status)
+        self.answer = (self.status, self._headers, body)
+        self._end(kind, _words(body) if kind is not None else "")
 
     def _start(self) -> None:
         if not self._exchange.started:
@@ -282,12 +301,12 @@ class Relay:
             own = ((HEADER, "1"),) if self._passes_comments and self._mode == "events" else ()
             self._exchange.start(200, content_type, (*headers, *own))
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes, last: bool = False) -> None:
         exchange = self._exchange
         if not exchange.started:
             self._start()
         exchange.write(data)
-        if exchange.blocked:
+        if exchange.blocked and not last:
             self._upstream.pause()
             exchange.on_writable = self._upstream.resume
 
@@ -295,6 +314,7 @@ class Relay:
         """Pass on what stands before the last comment, without the comments; keep the rest."""
         position, progress = 0, self._progress
         out: list[bytes] = []
+        sound = True
         while True:
             if data.startswith(_COMMENT, position):
                 stop = start = position
@@ -306,29 +326,38 @@ class Relay:
             end = data.find(b"\n\n", start + len(_COMMENT))
             if end < 0:
                 break
+            try:
+                comment = _comment_of(data[start + len(_COMMENT) : end])
+            except msgspec.DecodeError:
+                sound = False
+                break
             event = data[position:stop]
-            progress.passed(data[start + len(_COMMENT) : end])
-            if _UNFINISHED not in event:
-                progress.finished(event)
+            progress.passed(comment)
+            # A piece may be several events, of which the last one finishes.
+            last = event.rfind(_NEXT) + 1
+            if event.find(_UNFINISHED, last) < 0 and event.startswith(_DATA, last):
+                progress.finished(event[last + len(_DATA) :])
             out.append(data[position : end + 2] if self._passes_comments else event)
             position = end + 2
-        rest = data[position:]
-        if rest.endswith(_DONE):
+        self._buffer = rest = data[position:]
+        whole = sound and rest.endswith(_DONE)
+        if whole:
             out.append(rest)
-            rest = b""
-            self._write(b"".join(out))
+        if out:
+            self._write(out[0] if len(out) == 1 else b"".join(out), last=whole)
+        if whole:
             self._exchange.finish()
-        elif out:
-            self._write(out[0] if len(out) == 1 else b"".join(out))
-        self._buffer = rest
+            self._upstream.resume()
+            self._end(None)
+        elif not sound or len(rest) > MAX_EVENT:
+            self._fail(
+                f"{MAX_EVENT} bytes came without a resume comment" if sound else "a resume comment is not readable"
+            )
 
     def _broken_stream(self, reason: str) -> None:
         """The rest that was kept back may say why."""
-        if self._exchange.finished:
-            self._end(None)  # the client has all of it
-            return
         kind = Break.CUT
-        event = self._buffer.rpartition(b"data: ")[2]
+        event = self._buffer[self._buffer.rfind(_NEXT) + 1 :].removeprefix(_DATA)
         if event.startswith(b'{"error"'):
             try:
                 error = _error_of(event).error
@@ -336,19 +365,29 @@ class Relay:
                 pass
             else:
                 reason = error.message
-                if 400 <= error.status < 500 and error.status != 429:
-                    kind = Break.CLIENT
-                elif error.status in (429, 503):
-                    kind = Break.CUT if error.code == "engine_gone" else Break.REFUSED
-                else:
-                    kind = Break.FAILED
                 self.status = error.status
+                self.failure = HttpError(error.status, reason, param=error.param, code=error.code, type=error.type)
+                kind = _kind_of(error.status) or Break.CLIENT
+                if kind is Break.REFUSED:
+                    kind = Break.CUT  # it had taken the request
         self._end(kind, reason)
 
+    def _fail(self, reason: str) -> None:
+        """The replica sends what nobody can use."""
+        self._end(Break.FAILED, reason)
+        self._upstream.abandon()
+
     def _end(self, how: Break | None, reason: str = "") -> None:
-        self.error = reason
         if not self.done.done():
+            self.error = reason
             self.done.set_result(how)
+
+
+def _kind_of(status: int) -> Break | None:
+    """What an answer with this status says of the attempt; None: it is the answer."""
+    if status in (429, 503):
+        return Break.REFUSED
+    return Break.FAILED if status >= 500 and status not in _OWN_FAULT else None
 
 
 def forwarded(headers: list[tuple[bytes, bytes]], request_id: str) -> tuple[str, tuple[tuple[str, str], ...]]:

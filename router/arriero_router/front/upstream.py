@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 import httptools
 
 MAX_HEAD = 65536
+"""Bytes of an answer without any of its body: its head, informational answers before it, chunk headers, trailers."""
 
 
 class UpstreamError(Exception):
@@ -40,9 +41,10 @@ class Upstream(asyncio.Protocol):
 
     __slots__ = (
         "_answered",
+        "_bare",
         "_body_seen",
-        "_head_bytes",
         "_headers",
+        "_in_body",
         "_informational",
         "_keep",
         "_parser",
@@ -58,7 +60,7 @@ class Upstream(asyncio.Protocol):
         self.pool = pool
         self.transport: asyncio.Transport = None  # type: ignore[assignment]  # set by connection_made, before all else
         self.closed = False
-        self.heard = 0.0
+        self.heard = pool.loop.time()
         """When bytes last came, by the loop's clock."""
         self._parser: Any = None
         self._receiver: Receiver | None = None
@@ -67,8 +69,10 @@ class Upstream(asyncio.Protocol):
         self._keep = False
         self._body_seen = False
         self._informational = False
+        self._in_body = False
         self._headers: list[tuple[bytes, bytes]] = []
-        self._head_bytes = 0
+        self._bare = 0
+        """Bytes in a row that held no body."""
 
     # -- for the front
 
@@ -76,6 +80,7 @@ class Upstream(asyncio.Protocol):
         assert self._receiver is None
         self._receiver = receiver
         self._answered = False
+        self._bare = 0
         self._parser = httptools.HttpResponseParser(self)
         self.heard = self.pool.loop.time()
         self.transport.write(data)
@@ -135,8 +140,14 @@ class Upstream(asyncio.Protocol):
             return
         if self._body_seen:
             self._body_seen = False
+            self._bare = 0
             if self._receiver is receiver:
                 receiver.flush()
+        elif self._receiver is receiver:
+            # What the parser keeps of a head or a trailer that never ends is bounded by this alone.
+            self._bare += len(data)
+            if self._bare > MAX_HEAD:
+                self._break(f"the replica sent {MAX_HEAD} bytes without anything of an answer's body")
 
     def eof_received(self) -> bool:
         return False
@@ -160,14 +171,13 @@ class Upstream(asyncio.Protocol):
     # -- httptools
 
     def on_message_begin(self) -> None:
-        if self._receiver is None:
-            return
         self._headers = []
-        self._head_bytes = 0
+        self._in_body = False
+        if self._receiver is None and not self.closed:
+            self.abort()  # more than was asked for: whose answer comes next could not be told
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._head_bytes += len(name) + len(value)
-        if self._head_bytes <= MAX_HEAD:
+        if not self._in_body:  # it would be a trailer
             self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
@@ -175,6 +185,7 @@ class Upstream(asyncio.Protocol):
         self._informational = status < 200
         if self._informational or self._receiver is None:
             return
+        self._in_body = True
         self._keep = self._parser.should_keep_alive()
         self._receiver.head(status, self._headers)
 
@@ -192,6 +203,8 @@ class Upstream(asyncio.Protocol):
         if self._body_seen:
             self._body_seen = False
             receiver.flush()
+            if self._receiver is not receiver:
+                return  # it has given up
         self._receiver = None
         self._used = True
         if self._keep and not self.closed:
