@@ -32,5 +32,7 @@ class Ask:
     """Its answer was begun by a replica that broke: it goes before others of its tenant and is never turned away for
     want of room.
     """
+    counted: bool = False
+    """Its tokens were counted against its tenant's share when it left the queue."""
     avoid: set[str] = field(default_factory=set)
     """Names of replicas that broke under this request: taken only where there is no other."""

@@ -112,8 +112,9 @@ class Dispatcher:
         self.pump()
 
     def settle(self, ask: Ask, used: int) -> None:
-        """The request has cost so many tokens in the end: fairness goes by that."""
-        self.queue.charge(ask, used)
+        """The request has cost so many tokens in the end: fairness goes by that, if it was ever held."""
+        if ask.counted:
+            self.queue.charge(ask, used)
 
     def pump(self) -> None:
         """Let held requests go while there is room, and those whose time is over."""
@@ -129,6 +130,7 @@ class Dispatcher:
                 if not replicas:
                     break
                 self.queue.pop(now)
+                held.ask.counted = held.ask.counted or not held.ask.begun
                 held.item.granted(self._grant(held.ask, self.policy.pick(held.ask, replicas, shares, now), now))
         finally:
             self._pumping = False

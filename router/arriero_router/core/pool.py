@@ -75,7 +75,7 @@ class Pool:
             endpoint = wanted.get(name)
             if endpoint is None or replace(endpoint, terminating=False) != replace(replica.endpoint, terminating=False):
                 del self._replicas[name]
-                replica.report = Report(ready=False, reason="gone")
+                replica.report = Report(ready=False, draining=True, reason="gone")
                 self._on_gone(replica)
             else:
                 replica.endpoint = endpoint
@@ -186,13 +186,16 @@ class Pool:
         replica.failures = replica.trips = 0
 
     def failed(self, replica: Replica) -> None:
-        """It failed on a request, and that was not the client's doing."""
+        """It failed on a request, and that was not the client's doing. The last one that takes any is not ejected."""
         replica.failures += 1
         settings = self.settings
-        if settings.eject_after and replica.failures >= settings.eject_after:
-            length = min(settings.eject_max, settings.eject_base * 2**replica.trips)
+        now = self._clock()
+        if not settings.eject_after or replica.failures < settings.eject_after or replica.ejected_until > now:
+            return
+        if any(o.eligible and o.ejected_until <= now for o in self._replicas.values() if o is not replica):
+            length = min(settings.eject_max, settings.eject_base * 2.0 ** min(replica.trips, 64))
             replica.trips += 1
             replica.failures = 0
-            replica.ejected_until = self._clock() + length
+            replica.ejected_until = now + length
             self.ejections += 1
             self._fresh_until = -1.0

@@ -19,8 +19,6 @@ class Break(Enum):
     """The replica failed on it (a 5xx of its own)."""
     CLIENT = "client"
     """The replica ended it for a fault of the request or its client: another one would do the same."""
-    SILENT = "silent"
-    """Nothing came for too long from a replica that is not heard of any more."""
 
     @property
     def untried(self) -> bool:

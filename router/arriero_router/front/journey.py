@@ -99,6 +99,8 @@ class Journey:
                 continue
             self.served.metrics.broke(outcome.kind)
             self.last_error = outcome.error
+            if outcome.kind.untried and time.monotonic() >= self.ask.deadline:
+                return outcome
             if not self.attempts.broke(outcome.kind, gained=outcome.gained, resumable=outcome.resumable):
                 return outcome
             self.ask.avoid.add(grant.replica.name)
@@ -132,7 +134,7 @@ class Journey:
                     on_wait()
                     pause = hold.every
             return future.result()
-        except asyncio.CancelledError:
+        except BaseException:
             if future.done() and isinstance(granted := future.result(), Grant):
                 self.served.dispatcher.release(granted)
             else:
