@@ -33,6 +33,8 @@ class _Processes:
         self._config, self._count, self._log_level, self._folder = config, count, log_level, folder
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._began: dict[int, float] = {}
+        self._proven: set[int] = set()
+        """Those that have lived long enough to show that starting them again makes sense."""
         self._due: dict[int, float] = dict.fromkeys(range(count), 0.0)
         """When those that are not running are to be started."""
 
@@ -59,15 +61,18 @@ class _Processes:
                 if code is None:
                     continue
                 del self._running[index]
+                quick = time.monotonic() - self._began[index] < _QUICK
+                if not quick:
+                    self._proven.add(index)
                 if leaving:
-                    status = status or abs(code)
-                elif code == _USELESS or (code and time.monotonic() - self._began[index] < _QUICK and not self._due):
+                    # One that was only just being started did not know yet how to drain.
+                    status = status or (abs(code) if code != -signal.SIGTERM else 0)
+                elif code == _USELESS or (code > 0 and index not in self._proven):
                     log.error("process %d ended with status %d soon after its start: giving up", index, code)
                     leaving, status = True, code if code > 0 else 1
                     for other in self._running.values():
                         other.terminate()
                 else:
-                    quick = time.monotonic() - self._began[index] < _QUICK
                     log.error("process %d ended with status %d and is started again", index, code)
                     self._due[index] = time.monotonic() + (_PAUSE if quick else 0.0)
 

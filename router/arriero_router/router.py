@@ -95,12 +95,15 @@ class Router:
         before, self.config = self.config, config
         self._configure(config)
         if config.access_log.path != before.access_log.path:
-            self._open_log(config.access_log.path)
+            try:
+                self._open_log(config.access_log.path)
+            except OSError as error:
+                log.error("the access log stays where it was: %s: %s", config.access_log.path, error.strerror)
         wanted = {model.name: model for model in config.models}
         kept = []
         for served in self.served:
             model = wanted.pop(served.name, None)
-            if model is not None and served.fits(model):
+            if model is not None and served.fits(model, config):
                 served.configure(model, config)
                 kept.append(served)
                 continue
@@ -114,7 +117,10 @@ class Router:
 
     def reopen_log(self) -> None:
         if self._log is not None:
-            self._log.reopen()
+            try:
+                self._log.reopen()
+            except OSError as error:
+                log.error("the access log cannot be opened again: %s", error.strerror)
 
     async def drain(self, seconds: float) -> bool:
         """Not ready any more, and nothing new on kept connections; whether all requests ended in time."""
@@ -148,15 +154,17 @@ class Router:
     def _configure(self, config: Config) -> None:
         self.hold = HoldSettings(config.hold.after_seconds, config.hold.keep_alive_seconds)
         self.answer_tokens = config.answer_tokens
+        self.http.limits = config.limits.http()
 
     def _serve(self, model: Model) -> Served:
         weights = self._keys.weights if self._keys is not None else {}
         return Served(model, self.config, self.metrics, self._security, weights)
 
     def _open_log(self, path: str) -> None:
+        fresh = AccessLog(path) if path != "off" else None
         if self._log is not None:
             self._log.close()
-        self._log = AccessLog(path) if path != "off" else None
+        self._log = fresh
 
     def _watch(self, coroutine: Coroutine[None, None, None]) -> None:
         task = self.loop.create_task(coroutine)

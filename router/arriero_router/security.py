@@ -30,7 +30,7 @@ class Certificates:
             self.context.verify_mode = ssl.CERT_REQUIRED
         self._seen = self._stamps()
         try:
-            self._load()
+            self._load(self.context)
         except (OSError, ssl.SSLError) as error:
             raise ConfigError("tls", [f"{tls.cert_file}, {tls.key_file}: {_why(error)}"]) from error
 
@@ -42,7 +42,9 @@ class Certificates:
             if stamps == self._seen:
                 continue
             try:
-                self._load()
+                # A pair that does not fit (half of it is written yet) would leave the context in use without a key.
+                self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+                self._load(self.context)
             except (OSError, ssl.SSLError) as error:
                 log.error("the certificate stays as it was: %s: %s", self._tls.cert_file, _why(error))
             else:
@@ -74,10 +76,10 @@ class Certificates:
 
         return grpc.dynamic_ssl_server_credentials(configuration(), fetch, require_client_authentication=mutual)
 
-    def _load(self) -> None:
-        self.context.load_cert_chain(self._tls.cert_file, self._tls.key_file)
+    def _load(self, context: ssl.SSLContext) -> None:
+        context.load_cert_chain(self._tls.cert_file, self._tls.key_file)
         if self._tls.client_ca_file is not None:
-            self.context.load_verify_locations(self._tls.client_ca_file)
+            context.load_verify_locations(self._tls.client_ca_file)
 
     def _stamps(self) -> tuple[object, ...]:
         stamps: list[object] = []

@@ -23,8 +23,10 @@ from arriero_router.endpoints.file import FileSource
 from arriero_router.endpoints.followers import Followers
 from arriero_router.endpoints.kubernetes import KubernetesSource, Selection
 from arriero_router.endpoints.model import Source, address
+from arriero_router.endpoints.probe import ProbeLimits
 from arriero_router.endpoints.slices import Ports
 from arriero_router.endpoints.static import StaticSource
+from arriero_router.endpoints.status import StatusLimits
 from arriero_router.front.upstream import UpstreamPool
 from arriero_router.observe.metrics import Metrics, ModelMetrics
 
@@ -56,8 +58,10 @@ class Served:
         self._idle.set()
         clock = time.monotonic
         tuning = model.prefix
-        self.index = PrefixIndex(limit=tuning.max_marks, patience=tuning.expected_seconds)
+        self.index = PrefixIndex(tuning.max_marks, tuning.max_expected, tuning.expected_seconds)
         self._pools: dict[str, UpstreamPool] = {}
+        self._leaving: list[UpstreamPool] = []
+        """Of replicas that are gone, while something runs on them."""
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self.pool = Pool(self._pool_settings(model, config), clock, self._room, self._gone)
@@ -68,7 +72,19 @@ class Served:
         self.metrics.index_size = self.index.__len__
         self._all_metrics = metrics
         self.source = _source(model)
-        self._followers = Followers(self.pool, self._on_marks if model.policy == "prefix" else None)
+        health = self.health = config.health
+        self._followers = Followers(
+            self.pool,
+            self._on_marks if model.policy == "prefix" else None,
+            status=StatusLimits(silence=health.timeout_seconds),
+            probe=ProbeLimits(
+                interval=health.interval_seconds,
+                hurried=min(ProbeLimits().hurried, health.interval_seconds),
+                answer=health.timeout_seconds,
+            ),
+            ready_path=model.endpoints.health_path,
+            security=security,
+        )
         self._source_task = self.loop.create_task(self.source.run(self._publish))
         self._ticker = self.loop.call_later(_TICK, self._tick)
         self.configure(model, config)
@@ -98,10 +114,13 @@ class Served:
             eject_max=config.ejection.max_seconds,
         )
 
-    def fits(self, model: Model) -> bool:
-        """Whether `configure` can bring it to this: its replicas come from the same place and are picked alike."""
+    def fits(self, model: Model, config: Config) -> bool:
+        """Whether `configure` can bring it to this: its replicas come from the same place, and are watched and picked
+        alike.
+        """
         return (
-            model.endpoints == self.model.endpoints
+            config.health == self.health
+            and model.endpoints == self.model.endpoints
             and model.policy == self.model.policy
             and model.prefix == self.model.prefix
         )
@@ -133,10 +152,12 @@ class Served:
         self._source_task.cancel()
         await asyncio.gather(self._source_task, return_exceptions=True)
         await self._followers.close()
-        for pool in self._pools.values():
+        for pool in [*self._pools.values(), *self._leaving]:
             pool.close(busy=True)
         for channel in self._channels.values():
             await channel.close()
+        for task in self._closing:
+            task.cancel()
         await asyncio.gather(*self._closing, return_exceptions=True)
         self._all_metrics.forget(self.metrics)
 
@@ -165,6 +186,15 @@ class Served:
         if channel is None:
             channel = self._channels[key] = open_channel(endpoint.host, endpoint.grpc_port, self.security)
         return channel
+
+    def silence_of(self, replica: Replica, begun: bool) -> float:
+        """Seconds without a word after which an answer of the replica is given up; 0: never. `begun`: some of it has
+        come.
+        """
+        report = replica.report
+        if not report.ready and not report.draining:
+            return _LOST_SILENCE
+        return self.stall_seconds if begun else self.answer_seconds
 
     # -- what happened
 
@@ -198,6 +228,7 @@ class Served:
         pool = self._pools.pop(address(endpoint.host, endpoint.http_port), None)
         if pool is not None:
             pool.close()
+            self._leaving.append(pool)
         channel = self._channels.pop(address(endpoint.host, endpoint.grpc_port), None)
         if channel is not None:
             # What runs on it may end; a channel without calls closes at once.
@@ -218,19 +249,16 @@ class Served:
     def _tick(self) -> None:
         self._ticker = self.loop.call_later(_TICK, self._tick)
         self.dispatcher.pump()
-        now = time.monotonic()
-        lost = {
-            address(replica.endpoint.host, replica.endpoint.http_port)
-            for replica in self.pool.replicas
-            if not replica.report.ready and not replica.report.draining
-        }
-        for key, pool in self._pools.items():
-            pool.sweep(
-                now,
-                idle=self.idle_seconds,
-                head=self.answer_seconds,
-                silence=_LOST_SILENCE if key in lost else self.stall_seconds,
-            )
+        now = self.loop.time()
+        for replica in self.pool.replicas:
+            pool = self._pools.get(address(replica.endpoint.host, replica.endpoint.http_port))
+            if pool is not None:
+                head, silence = self.silence_of(replica, begun=False), self.silence_of(replica, begun=True)
+                pool.sweep(now, idle=self.idle_seconds, head=head, silence=silence)
+        if self._leaving:
+            for pool in self._leaving:
+                pool.sweep(now, idle=0, head=self.answer_seconds, silence=self.stall_seconds)
+            self._leaving = [pool for pool in self._leaving if pool.connections]
 
 
 def _source(model: Model) -> Source:
@@ -247,5 +275,6 @@ def _source(model: Model) -> Source:
             selector=place.label_selector,
             namespace=place.namespace,
             ports=Ports(place.ports.http, place.ports.grpc, place.ports.control),
+            family=place.address_family,
         )
     )

@@ -31,19 +31,19 @@ class AccessLog:
         self._timer: asyncio.TimerHandle | None = None
         self._encode = msgspec.json.Encoder().encode
         self._rest = b""
-        self._open()
+        self._fd = self._open()
 
-    def _open(self) -> None:
+    def _open(self) -> int:
         if self._path == "stdout":
-            self._fd = os.dup(sys.stdout.fileno())
-        else:
-            self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            return os.dup(sys.stdout.fileno())
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
 
     def reopen(self) -> None:
-        """The file was moved away by whoever rotates logs."""
+        """The file was moved away by whoever rotates logs. Raises OSError, and goes on with the old one."""
         self.flush()
+        fd = self._open()
         os.close(self._fd)
-        self._open()
+        self._fd = fd
 
     def write(self, fields: dict[str, Any]) -> None:
         """`time` is put in front."""

@@ -51,6 +51,8 @@ class Metrics:
             registry=self.registry,
         )
         self._requests_of: dict[tuple[str, str, int | str], Counter] = {}
+        self._models = _Models()
+        self.registry.register(self._models)
 
     def request(self, face: str, model: str, status: int | str) -> None:
         key = (face, model, status)
@@ -60,19 +62,36 @@ class Metrics:
         child.inc()
 
     def model(self, name: str, dispatcher: Dispatcher) -> ModelMetrics:
-        """Those of one served model."""
+        """Those of one served model, in place of an earlier one of that name."""
         metrics = ModelMetrics(name, dispatcher, self._first.labels(name), self._added.labels(name))
-        self.registry.register(metrics)
+        self._models.of[name] = metrics
         return metrics
 
     def forget(self, model: ModelMetrics) -> None:
-        self.registry.unregister(model)
+        if self._models.of.get(model.name) is model:
+            del self._models.of[model.name]
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
 
-class ModelMetrics(Collector):
+class _Models(Collector):
+    """All models' families, each once."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, ModelMetrics] = {}
+
+    def collect(self) -> Iterable[Metric]:
+        families: dict[str, Metric] = {}
+        for model in self.of.values():
+            for family in model.collect():
+                kept = families.setdefault(family.name, family)
+                if kept is not family:
+                    kept.samples += family.samples
+        return families.values()
+
+
+class ModelMetrics:
     """Plain counts, put into families when asked."""
 
     def __init__(self, name: str, dispatcher: Dispatcher, first: Histogram, added: Histogram) -> None:
@@ -83,7 +102,7 @@ class ModelMetrics(Collector):
         self.matched_marks = 0
         self.cached_tokens = 0
         self.index_size: Callable[[], int] = lambda: 0
-        self._name = name
+        self.name = name
         self._dispatcher = dispatcher
         self._picks: dict[tuple[str, str], int] = {}
         self._breaks: dict[Break, int] = {}
@@ -109,7 +128,7 @@ class ModelMetrics(Collector):
                 break
 
     def collect(self) -> Iterator[Metric]:
-        name, pool = self._name, self._dispatcher.pool
+        name, pool = self.name, self._dispatcher.pool
 
         def gauge(metric: str, text: str, rows: Iterable[tuple[tuple[str, ...], float]], *labels: str) -> Metric:
             family = GaugeMetricFamily(f"arriero_router_{metric}", text, labels=("model", *labels))
@@ -169,8 +188,8 @@ class ModelMetrics(Collector):
         total = 0
         for bound, count in zip(_WAITS, self._held_buckets, strict=True):
             total += count
-            family.add_sample("arriero_router_hold_seconds_bucket", {"model": self._name, "le": str(bound)}, total)
-        labels = {"model": self._name}
+            family.add_sample("arriero_router_hold_seconds_bucket", {"model": self.name, "le": str(bound)}, total)
+        labels = {"model": self.name}
         family.add_sample("arriero_router_hold_seconds_bucket", {**labels, "le": "+Inf"}, self._held_count)
         family.add_sample("arriero_router_hold_seconds_count", labels, self._held_count)
         family.add_sample("arriero_router_hold_seconds_sum", labels, self._held_seconds)
