@@ -19,9 +19,11 @@ from arriero_router.front.journey import HoldSettings, Outcome
 if TYPE_CHECKING:
     from arriero_router.core.dispatch import Grant
     from arriero_router.front.record import Record
+    from arriero_router.served import Served
 
 _METHOD = "/arriero.inference.v1.Inference/Generate"
 _NOT_FORWARDED = ("authorization", "x-api-key", "user-agent", "traceparent", "x-request-id")
+_LOOK_SECONDS = 1.0
 _BREAKS = {
     grpc.StatusCode.UNAVAILABLE: Break.CUT,
     grpc.StatusCode.CANCELLED: Break.CUT,
@@ -68,9 +70,12 @@ class GrpcForward:
         record.request_id = metadata.get("x-request-id") or secrets.token_hex(12)
         self._metadata += [(HEADER, "1"), ("x-request-id", record.request_id)]
         self._tokens: list[list[int]] = []
+        self._received = 0
+        """Tokens, of all answers."""
         self._finished: set[int] = set()
         self._seed: int | None = None
         self._complete = False
+        self._last: GrpcError | None = None
         self.begun = False
         """The client has had something."""
 
@@ -82,13 +87,11 @@ class GrpcForward:
         if outcome.kind is None:
             return
         self._count()
-        if self._last is not None and outcome.kind is not Break.CUT and outcome.kind is not Break.UNREACHED:
+        if self._last is not None and outcome.kind not in (Break.CUT, Break.UNREACHED):
             raise self._last
         raise HttpError(
             502, f"no replica could answer; the last one: {outcome.error} ({journey.attempts.made} attempts)"
         )
-
-    _last: GrpcError | None = None
 
     async def _attempt(self, grant: Grant) -> Outcome:
         record = self._record
@@ -98,98 +101,68 @@ class GrpcForward:
             metadata.append(("traceparent", trace.traceparent if trace is not None else self._trace))
         call = record.served.channel(grant.replica).unary_stream(_METHOD)(self._data, metadata=metadata)
         record.sent()
-        before = sum(map(len, self._tokens))
+        before = self._received
+        watch = _Watch(call, grant, self._take_seconds, record.served)
         error = "cancelled"
         try:
-            await self._relay(call)
+            await self._relay(call, watch)
             error = ""
             return Outcome(None)
+        except asyncio.CancelledError:
+            if watch.late_client:
+                error = f"the client took nothing for {self._take_seconds:g} s"
+                raise HttpError(408, error) from None
+            if not watch.silent:
+                raise
+            error = watch.silent
+            return Outcome(Break.CUT, error, gained=self._received > before)
         except grpc.aio.AioRpcError as failure:
             error = failure.details() or failure.code().name
             if self._complete:
                 return Outcome(None)  # the client has all of it
-            kind = _BREAKS.get(failure.code(), Break.CLIENT)
-            if kind is Break.CUT and not self.begun and _never_reached(failure):
-                kind = Break.UNREACHED
             self._last = GrpcError(failure.code(), error, _retry_after(failure))
-            return Outcome(kind, error, gained=sum(map(len, self._tokens)) > before)
+            return Outcome(_kind_of(failure, self.begun), error, gained=self._received > before)
         finally:
+            watch.stop()
             call.cancel()
             if trace is not None:
                 trace.end(error)
 
-    async def _relay(self, call: Any) -> None:
-        """Messages as they come. While the client does not take one, what follows gathers into the next."""
-        write: asyncio.Task[None] | None = None
-        waiting: dict[int, pb.GenerateResponse] = {}
-        first = True
-        while (data := await call.read()) is not grpc.aio.EOF:
-            if first:
-                first = False
+    async def _relay(self, call: Any, watch: _Watch) -> None:
+        """Messages one after the other: while the client does not take one, the replica is not read, and gathers what
+        it has to say in fewer of them.
+        """
+        read, write = call.read, self._context.write
+        while (data := await read()) is not grpc.aio.EOF:
+            if not watch.heard:
                 self._record.first_byte()
-            message = self._noted(data)
-            if write is not None and not write.done():
-                _gather(waiting, message)
-                if len(waiting) > self._answers or sum(len(m.token_ids) for m in waiting.values()) > 4096:
-                    await self._taken(write)
-                    write = None
-                else:
-                    continue
-            elif waiting:
-                _gather(waiting, message)
-            else:
-                write = await self._write(message)
-                continue
-            write = await self._flush(waiting)
-        if write is not None:
-            await self._taken(write)
-        if waiting and (write := await self._flush(waiting)) is not None:
-            await self._taken(write)
+            message = pb.GenerateResponse.FromString(data)
+            self._note(message)
+            if not self._passes_ids:
+                message.ClearField("token_ids")
+                message.ClearField("seed")
+                data = message.SerializeToString()
+            watch.heard = watch.writing = watch.now()
+            await write(data)
+            watch.writing = 0.0
+            self._complete = self._complete or message.HasField("usage")
 
-    async def _flush(self, waiting: dict[int, pb.GenerateResponse]) -> asyncio.Task[None] | None:
-        messages = list(waiting.values())
-        waiting.clear()
-        write = None
-        for message in messages:
-            if write is not None:
-                await self._taken(write)
-            write = await self._write(message)
-        return write
-
-    async def _write(self, message: pb.GenerateResponse) -> asyncio.Task[None] | None:
-        """Begin to write; the task that goes on with it, where the client does not take it at once."""
+    def _note(self, message: pb.GenerateResponse) -> None:
+        """What the client has from now on."""
         self.begun = True
-        if message.HasField("usage"):
-            self._complete = True
-            usage = message.usage
-            self._record.tokens(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
-        while len(self._tokens) <= message.index:
-            self._tokens.append([])
-        self._tokens[message.index] += message.token_ids
+        index, tokens = message.index, self._tokens
+        while len(tokens) <= index:
+            tokens.append([])
+        ids = message.token_ids
+        tokens[index] += ids
+        self._received += len(ids)
         if message.finish_reason:
-            self._finished.add(message.index)
-        if not self._passes_ids:
-            message.ClearField("token_ids")
-            message.ClearField("seed")
-        task: asyncio.Task[None] = asyncio.ensure_future(self._context.write(message.SerializeToString()))
-        await asyncio.sleep(0)
-        if task.done():
-            task.result()
-            return None
-        return task
-
-    async def _taken(self, write: asyncio.Task[None]) -> None:
-        try:
-            async with asyncio.timeout(self._take_seconds):
-                await write
-        except TimeoutError:
-            raise HttpError(408, f"the client took nothing for {self._take_seconds:g} s") from None
-
-    def _noted(self, data: bytes) -> pb.GenerateResponse:
-        message = pb.GenerateResponse.FromString(data)
+            self._finished.add(index)
         if message.HasField("seed"):
             self._seed = message.seed
-        return message
+        if message.HasField("usage"):
+            usage = message.usage
+            self._record.tokens(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
 
     def _resume(self) -> list[tuple[str, str]]:
         if not self.begun:
@@ -232,7 +205,7 @@ async def unary_attempt(
             result = await call
         except grpc.aio.AioRpcError as failure:
             last = GrpcError(failure.code(), failure.details() or failure.code().name, _retry_after(failure))
-            return Outcome(_BREAKS.get(failure.code(), Break.CLIENT), last.message)
+            return Outcome(_kind_of(failure, begun=False), last.message)
         finally:
             call.cancel()
         record.first_byte()
@@ -245,20 +218,54 @@ async def unary_attempt(
     return result
 
 
-def _gather(waiting: dict[int, pb.GenerateResponse], message: pb.GenerateResponse) -> None:
-    """Put a message to those that wait: one for each answer, which says all that its parts said."""
-    held = waiting.get(message.index)
-    if held is None:
-        waiting[message.index] = message
-        return
-    text = held.text + message.text
-    held.MergeFrom(message)
-    held.text = text
+class _Watch:
+    """Looks now and then whether one attempt stands still, and ends it: `silent` or `late_client` then say so."""
+
+    def __init__(self, call: Any, grant: Grant, take_seconds: float, served: Served) -> None:
+        self._loop = served.loop
+        self.now = served.loop.time
+        self.heard = 0.0
+        """When the last message came; 0: none has."""
+        self.writing = 0.0
+        """Since when the client does not take a message; 0: it has them all."""
+        self.silent = ""
+        self.late_client = False
+        self._call, self._replica, self._served = call, grant.replica, served
+        self._take_seconds = take_seconds
+        self._began = self.now()
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._timer = self._loop.call_later(_LOOK_SECONDS, self._look)
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        now = self.now()
+        if self.writing:
+            if now - self.writing > self._take_seconds:
+                self.late_client = True
+                self._task.cancel()
+                return
+        else:
+            limit = self._served.silence_of(self._replica, begun=bool(self.heard))
+            if limit and now - (self.heard or self._began) > limit:
+                self.silent = f"the replica said nothing for {limit:g} s"
+                self._call.cancel()
+                return
+        self._timer = self._loop.call_later(_LOOK_SECONDS, self._look)
 
 
-def _never_reached(failure: grpc.aio.AioRpcError) -> bool:
-    details = failure.details() or ""
-    return "connect" in details.lower()
+def _kind_of(failure: grpc.aio.AioRpcError, begun: bool) -> Break:
+    """What a failed call says of the attempt; `begun`: the client has had something."""
+    code = failure.code()
+    if code is grpc.StatusCode.UNAVAILABLE and not begun:
+        if (failure.details() or "").startswith("failed to connect"):
+            return Break.UNREACHED
+        if _retry_after(failure) is not None:
+            return Break.REFUSED
+    return _BREAKS.get(code, Break.CLIENT)
 
 
 def _retry_after(failure: grpc.aio.AioRpcError) -> float | None:
