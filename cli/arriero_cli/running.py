@@ -119,7 +119,8 @@ class Running:
     async def _keep_router(self) -> None:
         """It begins when every replica can be asked how it is: before, it could only warn that they are not there."""
         await self._may_route.wait()
-        await self._keeper.keep([self._router])
+        if not self._leaving.is_set():
+            await self._keeper.keep([self._router])
 
     def _told(self, view: GroupView, pod: int, status: pb.StatusResponse) -> None:
         view.told(pod, status)

@@ -10,11 +10,11 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
+from tests.cli.processes import PATIENCE, child, eventually, first_event, is_there, pids
 
 from arriero_cli.errors import CommandError
 from arriero_cli.local import check_installed, process_environment
@@ -23,43 +23,6 @@ from arriero_plan.launch import parse_launch
 
 RUN_UP = Path(__file__).parent / "programs" / "run_up.py"
 PORTS = ("--http-port", "0", "--grpc-port", "0")
-PATIENCE = 30.0
-
-
-def pids(run: Path) -> list[int]:
-    """Of the pods of all replicas."""
-    return [int(pid) for file in sorted(run.glob("replica-*/pids-*")) for pid in file.read_text().split()]
-
-
-def is_there(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
-
-
-def first_event(answer: str) -> list[str]:
-    """What the stub pod says of the request: path, model, question, its group."""
-    event: list[str] = json.loads(answer.split("\n")[0].removeprefix("data: "))
-    return event
-
-
-def children(pid: int) -> dict[int, str]:
-    """Commands of a process's children."""
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return {int(child): Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode() for child in found}
-
-
-def router_of(up_pid: int) -> int:
-    (pid,) = [pid for pid, command in children(up_pid).items() if "arriero_router" in command]
-    return pid
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_serves_shows_each_rank_and_drains(start, deployment_file, tmp_path):
@@ -148,14 +111,14 @@ def test_lost_pod_is_started_again_and_its_processes_do_not_stay(start, deployme
     run = tmp_path / "run"
     up = start(RUN_UP, deployment_file(), *PORTS, "--run-dir", run, ARRIERO_STUB='{"child": true}')
     up.wait_for("Ctrl-C finishes")
-    leader, child = map(int, (run / "replica-0" / "pids-0").read_text().split())
+    leader, left = map(int, (run / "replica-0" / "pids-0").read_text().split())
     seen = len(up.output)
     os.kill(leader, signal.SIGKILL)
     up.wait_for(r"pod 0 ended \(SIGKILL\); it starts again at once")
     up.wait_for("pod 0 was started again")
     up.wait_for(r"rank 0 .*: serving", seen)
     up.wait_for("serving again after", seen)
-    assert not is_there(child)
+    assert not is_there(left)
     again = int((run / "replica-0" / "pids-0").read_text().split()[2])
     assert is_there(again)
     os.kill(up.pid, signal.SIGTERM)
@@ -220,13 +183,13 @@ def test_lost_router_is_started_again(start, deployment_file):
     up = start(RUN_UP, deployment_file(), *PORTS)
     up.wait_for("Ctrl-C finishes")
     curl = shlex.split(up.wait_for(r"  (curl .*)\n")[1])
-    router = router_of(up.pid)
+    router = child(up.pid, "arriero_router")
     os.kill(router, signal.SIGKILL)
     up.wait_for(r"router ended \(SIGKILL\); it starts again at once")
     up.wait_for("the router answers again after")
     answer = subprocess.run(curl, capture_output=True, text=True, check=True).stdout
     assert first_event(answer)[3] == "small-0"
-    again = router_of(up.pid)
+    again = child(up.pid, "arriero_router")
     assert again != router
     up.process.kill()
     eventually(lambda: not is_there(again))
