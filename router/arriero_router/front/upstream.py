@@ -9,6 +9,8 @@ from typing import Any, Protocol, cast
 
 import httptools
 
+from arriero_router.endpoints.channel import unreachable
+
 MAX_HEAD = 65536
 """Bytes of an answer without any of its body: its head, informational answers before it, chunk headers, trailers."""
 
@@ -267,7 +269,7 @@ class UpstreamPool:
         except TimeoutError as error:
             raise UpstreamError(f"no connection within {self._connect_seconds:g} s") from error
         except OSError as error:
-            raise UpstreamError(error.strerror or str(error)) from error
+            raise UpstreamError(unreachable(error)) from error
         return upstream
 
     def close(self, *, busy: bool = False) -> None:
