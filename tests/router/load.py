@@ -72,6 +72,10 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self.fail(f"not HTTP: {error}")
 
+    def on_headers_complete(self) -> None:
+        assert self.answer is not None
+        self.answer.status = self.parser.get_status_code()
+
     def on_body(self, data: bytes) -> None:
         answer = self.answer
         assert answer is not None
@@ -83,7 +87,6 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         answer = self.answer
         assert answer is not None
-        answer.status = self.parser.get_status_code()
         if answer.status == 100:
             return
         answer.whole = True
@@ -93,8 +96,6 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self.transport, self.reusable = None, False
         if self.answer is not None:
-            if self.answer.parts:
-                self.answer.status = self.parser.get_status_code()
             self.fail(str(error) if error else "the connection was closed")
 
     def fail(self, error: str) -> None:
