@@ -14,7 +14,7 @@ from arriero_router.core.dispatch import Grant
 from arriero_router.core.replay import Break
 from arriero_router.front.journey import HoldSettings, Outcome
 from arriero_router.front.record import Record
-from arriero_router.front.relay import Progress, Relay, forwarded
+from arriero_router.front.relay import Progress, Relay, error_of, forwarded
 from arriero_router.front.upstream import UpstreamError
 
 EVENT_STREAM = "text/event-stream; charset=utf-8"
@@ -205,7 +205,7 @@ class Forward:
         status, headers, body = relay.answer
         if self._exchange.started:
             # Keep-alives were sent and the answer is no stream: an error that the replica gave at once.
-            self._cut(HttpError(status if status >= 400 else 502, _message_of(body)))
+            self._cut(error_of(body, status if status >= 400 else 502))
             return
         content_type, kept = forwarded(headers, self._record.request_id)
         self._exchange.respond(status, body, content_type, kept)
@@ -274,10 +274,3 @@ class Forward:
 def prompt_estimate(size: int) -> int:
     """Tokens of a prompt of so many bytes, about."""
     return size // 4
-
-
-def _message_of(body: bytes) -> str:
-    try:
-        return str(msgspec.json.decode(body)["error"]["message"])
-    except (msgspec.DecodeError, KeyError, TypeError):
-        return body[:200].decode("utf-8", "replace")

@@ -47,10 +47,10 @@ _HOP_BY_HOP = frozenset(
 
 class _ErrorFields(msgspec.Struct):
     message: str = ""
-    status: Annotated[int, Meta(ge=400, le=599)] = 502
+    status: Annotated[int, Meta(ge=400, le=599)] | None = None
     type: str | None = None
     param: str | None = None
-    code: str | None = None
+    code: str | int | None = None
 
 
 class _ErrorEvent(msgspec.Struct):
@@ -293,7 +293,7 @@ class Relay:
             self._on_first = None
         kind = _kind_of(self.status)
         self.answer = (self.status, self._headers, body)
-        self._end(kind, _words(body) if kind is not None else "")
+        self._end(kind, error_of(body).message if kind is not None else "")
 
     def _start(self) -> None:
         if not self._exchange.started:
@@ -358,18 +358,12 @@ class Relay:
         """The rest that was kept back may say why."""
         kind = Break.CUT
         event = self._buffer[self._buffer.rfind(_NEXT) + 1 :].removeprefix(_DATA)
-        if event.startswith(b'{"error"'):
-            try:
-                error = _error_of(event).error
-            except msgspec.DecodeError:
-                pass
-            else:
-                reason = error.message
-                self.status = error.status
-                self.failure = HttpError(error.status, reason, param=error.param, code=error.code, type=error.type)
-                kind = _kind_of(error.status) or Break.CLIENT
-                if kind is Break.REFUSED:
-                    kind = Break.CUT  # it had taken the request
+        if event.startswith(b'{"error"') and event.endswith(b"\n\n"):
+            error = self.failure = error_of(event)
+            reason = error.message
+            kind = _kind_of(error.status) or Break.CLIENT
+            if kind is Break.REFUSED:
+                kind = Break.CUT  # it had taken the request
         self._end(kind, reason)
 
     def _fail(self, reason: str) -> None:
@@ -402,9 +396,11 @@ def forwarded(headers: list[tuple[bytes, bytes]], request_id: str) -> tuple[str,
     return content_type, tuple(kept)
 
 
-def _words(body: bytes) -> str:
-    """The message of an error's body, or its beginning."""
+def error_of(body: bytes, status: int = 502) -> HttpError:
+    """An error as a replica told it, or the beginning of what it said instead; `status` where it names none."""
     try:
-        return _error_of(body).error.message
+        error = _error_of(body).error
     except msgspec.DecodeError:
-        return body[:200].decode("utf-8", "replace")
+        return HttpError(status, body[:200].decode("utf-8", "replace"))
+    code = str(error.code) if error.code is not None else None
+    return HttpError(error.status or status, error.message, param=error.param, code=code, type=error.type)

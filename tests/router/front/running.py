@@ -73,6 +73,12 @@ class Request:
     line: str
     headers: list[tuple[str, str]]
     body: bytes
+    reader: asyncio.StreamReader
+
+    async def gone(self) -> None:
+        """Returns when the router has hung up, by raising ConnectionError."""
+        await self.reader.read(1)
+        raise ConnectionError
 
     def header(self, name: str) -> str | None:
         return next((value for key, value in self.headers if key == name), None)
@@ -94,16 +100,28 @@ class Replica:
     """Open ones."""
     accepted: int = 0
 
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def close(self) -> None:
+        self.server.close()
+        for task in self.tasks:
+            task.cancel()
+        if self.tasks:
+            await asyncio.wait(self.tasks)
+
     async def serve(self) -> None:
         self.server = await asyncio.start_server(self._client, "127.0.0.1", self.port)
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         counted = False
+        task = asyncio.current_task()
+        assert task is not None
+        self.tasks.add(task)
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
                 headers = [(k.lower(), v.strip()) for k, _, v in (line.partition(":") for line in head[1:-2])]
-                request = Request(head[0], headers, b"")
+                request = Request(head[0], headers, b"", reader)
                 request.body = await reader.readexactly(int(request.header("content-length") or 0))
                 if request.line.startswith("GET /health"):
                     writer.write(
@@ -117,9 +135,10 @@ class Replica:
                     self.accepted += 1
                 self.requests.append(request)
                 await self.script(self, request, writer)
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass
         finally:
+            self.tasks.discard(task)
             self.connections -= counted
             writer.transport.abort()
 
@@ -131,7 +150,7 @@ class Running:
         self.loop = loop
         self.backends = backends
         (self.port,) = free_ports(1)
-        self.options = options
+        self.options = {"health": {"intervalSeconds": 0.05}, **options}
 
     def configuration(self, **options: Any) -> Config:
         return parse_config(config(MODEL, self.backends, self.port, 0, **{**self.options, **options}), "test")
@@ -199,7 +218,7 @@ def running(loop: Loop, *scripts: Script, wait: bool = True, **options: Any) -> 
     finally:
         router.stop()
         for replica in replicas:
-            loop.call(replica.server.close)
+            loop.wait(replica.close())
 
 
 @contextmanager
