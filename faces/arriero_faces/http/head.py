@@ -21,7 +21,7 @@ def check_head(exchange: Exchange, upgrade: bool, max_body: int) -> bool:
         elif name == b"content-length":
             length = int(value)
         elif name == b"transfer-encoding":
-            encoding = value.strip().lower()
+            encoding = value.strip().lower() if encoding is None else encoding + b"," + value
         elif name == b"content-encoding" and value.strip().lower() != b"identity":
             raise HttpError(415, "compressed bodies are not accepted")
         elif name == b"expect" and value.strip().lower() != b"100-continue":

@@ -75,8 +75,8 @@ class GrpcFace:
         unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
         methods = {
             "Generate": stream(self._generate),
-            "Tokenize": unary(lambda data, context: self._unary("Tokenize", pb.TokenizeRequest, data, context)),
-            "GetModel": unary(lambda data, context: self._unary("GetModel", pb.GetModelRequest, data, context)),
+            "Tokenize": unary(self._tokenize),
+            "GetModel": unary(self._get_model),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -147,6 +147,14 @@ class GrpcFace:
 
         await self._guarded(context, call)
 
+    # Coroutine functions, all of them: anything else grpc.aio would call in a thread.
+
+    async def _tokenize(self, data: bytes, context: Any) -> bytes:
+        return await self._unary("Tokenize", pb.TokenizeRequest, data, context)
+
+    async def _get_model(self, data: bytes, context: Any) -> bytes:
+        return await self._unary("GetModel", pb.GetModelRequest, data, context)
+
     async def _unary(self, method: str, kind: Any, data: bytes, context: Any) -> bytes:
         result = b""
 
@@ -175,6 +183,9 @@ class GrpcFace:
                 record.status = "OK"
             except HttpError as error:
                 record.status, record.error = _code(error).name, error.message
+                raise
+            except asyncio.CancelledError:
+                record.status, record.error = "CANCELLED", "the client went away"
                 raise
             finally:
                 record.used = 0
