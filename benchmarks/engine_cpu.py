@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import platform
@@ -235,15 +236,18 @@ def equality(directory: Path) -> dict[str, Any]:
 
 
 def decoding(checkpoint: Path, batch: int, tokens: int, runs: int) -> dict[str, Any]:
+    """In turns, the read bandwidth beside them: what else the machine does falls on all alike."""
     prompts = prompts_of(batch, PROMPT, SHAPE["vocab_size"])
+    result: dict[str, Any] = {"arriero": [], "bandwidth": []}
     with Ours(checkpoint, SHAPE, "bfloat16") as ours:
         ours.run([(prompt, 4) for prompt in prompts])
-        rates = [decode_rate(ours.run([(prompt, tokens) for prompt in prompts])[0]) for _ in range(runs)]
-    result: dict[str, Any] = {"arriero": rates}
-    for name in PEERS:
-        answer = peer(name, "decode", checkpoint, prompts=prompts, tokens=tokens, runs=runs, dtype="bfloat16")
-        if answer is not None:
-            result[name] = answer["rates"]
+        for _ in range(runs):
+            result["bandwidth"].append(read_bandwidth())
+            result["arriero"].append(decode_rate(ours.run([(prompt, tokens) for prompt in prompts])[0]))
+            for name in PEERS:
+                answer = peer(name, "decode", checkpoint, prompts=prompts, tokens=tokens, runs=1, dtype="bfloat16")
+                if answer is not None:
+                    result.setdefault(name, []).extend(answer["rates"])
     return result
 
 
@@ -265,20 +269,23 @@ def serving(checkpoint: Path, count: int) -> dict[str, Any]:
 
 
 def layouts(checkpoint: Path, runs: int) -> dict[str, Any]:
-    """Concurrency 16: one rank of two threads, then two ranks of one thread each, in turns."""
+    """Concurrency 16: one rank of two threads, two ranks of one thread each, in turns; all stand, one works."""
     requests = [(prompt, 24) for prompt in prompts_of(16, PROMPT, SHAPE["vocab_size"])]
-    result: dict[str, list[float]] = {"one": [], "tensor 2": [], "pipeline 2": []}
     options: dict[str, dict[str, int]] = {
         "one": {},
         "tensor 2": {"tensor": 2, "threads": 1},
         "pipeline 2": {"pipeline": 2, "threads": 1},
     }
-    for name, layout in options.items():
-        with Ours(checkpoint, SHAPE, "bfloat16", **layout) as ours:
+    result: dict[str, list[float]] = {name: [] for name in options}
+    with contextlib.ExitStack() as stack:
+        replicas = {
+            name: stack.enter_context(Ours(checkpoint, SHAPE, "bfloat16", **layout)) for name, layout in options.items()
+        }
+        for ours in replicas.values():
             ours.run(requests[:2])
-            for _ in range(runs):
-                times, _, _ = ours.run(requests)
-                result[name].append(decode_rate(times))
+        for _ in range(runs):
+            for name, ours in replicas.items():
+                result[name].append(decode_rate(ours.run(requests)[0]))
     return result
 
 
@@ -289,7 +296,7 @@ def middle(values: Any) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="equality,batch1,batch8,serving,layouts")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--requests", type=int, default=32, help="of the serving part")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -313,13 +320,17 @@ def main() -> int:
         for part, batch, tokens in (("batch1", 1, 32), ("batch8", 8, 16)):
             if part in parts:
                 report[part] = rates = decoding(big, batch, tokens, options.runs)
-                for name, values in rates.items():
-                    ratio = f", ours is {middle(rates['arriero']) / middle(values):.2f}x" if name != "arriero" else ""
-                    print(f"decode, batch {batch}: {name} {middle(values):.2f} tokens/s{ratio}", flush=True)
+                mine = rates["arriero"]
+                for name in ("arriero", *PEERS):
+                    if name in rates:
+                        ratio = statistics.median(x / y for x, y in zip(mine, rates[name], strict=True))
+                        beside = f", ours is {ratio:.2f}x" if name != "arriero" else ""
+                        print(f"decode, batch {batch}: {name} {middle(rates[name]):.2f} tokens/s{beside}", flush=True)
                 if batch == 1:
                     # Every weight but the embedding table is read once per token.
                     size = (big / "model.safetensors").stat().st_size - 2 * SHAPE["vocab_size"] * SHAPE["hidden_size"]
-                    report["of_bandwidth"] = middle(rates["arriero"]) * size / report["bandwidth"]
+                    shares = [rate * size / speed for rate, speed in zip(mine, rates["bandwidth"], strict=True)]
+                    report["of_bandwidth"] = middle(shares)
                     print(f"decode, batch 1: {report['of_bandwidth']:.0%} of the read bandwidth", flush=True)
         if "serving" in parts:
             report["serving"] = found = serving(big, options.requests)
@@ -332,7 +343,7 @@ def main() -> int:
         if "layouts" in parts:
             report["layouts"] = rates = layouts(big, options.runs)
             for name, values in rates.items():
-                share = middle(values) / middle(rates["one"])
+                share = statistics.median(x / y for x, y in zip(values, rates["one"], strict=True))
                 print(f"concurrency 16, {name}: {middle(values):.2f} tokens/s, {share:.2f} of one rank", flush=True)
     if options.json:
         # Parts of an earlier run stay: the serving part takes far longer than the others together.
