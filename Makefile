@@ -29,6 +29,7 @@ lint: $(READY) ## style, of the code and of the wire
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/buf lint
+	tools/breaking.sh
 
 types: $(READY) ## mypy, strict
 	$(BIN)/mypy
