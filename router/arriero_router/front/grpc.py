@@ -33,6 +33,7 @@ _CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
+    408: grpc.StatusCode.RESOURCE_EXHAUSTED,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     502: grpc.StatusCode.UNAVAILABLE,
     503: grpc.StatusCode.UNAVAILABLE,
@@ -67,6 +68,9 @@ class GrpcFace:
                 ("grpc.absolute_max_metadata_size", _MAX_METADATA),
                 ("grpc.so_reuseport", int(shared)),
                 ("grpc.max_connection_idle_ms", 600_000),
+                # A client whose host is gone would otherwise hold its calls for ever.
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
             ],
@@ -205,6 +209,9 @@ class GrpcFace:
         except HttpError as error:
             code = _code(error)
             status = code.name
+            if error.status == 408:
+                # A status would wait behind the messages that the client does not take: the call is dropped.
+                raise asyncio.CancelledError from error
             trailing = []
             if error.retry_after is not None:
                 trailing.append(("retry-after", str(max(1, round(error.retry_after)))))

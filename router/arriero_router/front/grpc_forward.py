@@ -196,18 +196,28 @@ async def unary_attempt(
     passed = [
         (name, value) for name, value in metadata.items() if name not in _NOT_FORWARDED and not name.startswith("grpc-")
     ]
+    passed.append(("x-request-id", record.request_id))
+    given = metadata.get("traceparent", "")
 
     async def attempt(grant: Grant) -> Outcome:
         nonlocal result, last
-        call = record.served.channel(grant.replica).unary_unary(method)(data, metadata=passed)
+        trace = record.trace.attempt(grant.replica.name) if record.trace is not None else None
+        parent = trace.traceparent if trace is not None else given
+        own = [("traceparent", parent)] if parent else []
+        call = record.served.channel(grant.replica).unary_unary(method)(data, metadata=[*passed, *own])
         record.sent()
+        error = "cancelled"
         try:
             result = await call
+            error = ""
         except grpc.aio.AioRpcError as failure:
-            last = GrpcError(failure.code(), failure.details() or failure.code().name, _retry_after(failure))
-            return Outcome(_kind_of(failure, begun=False), last.message)
+            error = failure.details() or failure.code().name
+            last = GrpcError(failure.code(), error, _retry_after(failure))
+            return Outcome(_kind_of(failure, begun=False), error)
         finally:
             call.cancel()
+            if trace is not None:
+                trace.end(error)
         record.first_byte()
         return Outcome(None)
 

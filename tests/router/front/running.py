@@ -146,14 +146,15 @@ class Replica:
 class Running:
     """A router and its replicas. Options are fields of the configuration, as in its file."""
 
-    def __init__(self, loop: Loop, backends: list[Backend], **options: Any) -> None:
+    def __init__(self, loop: Loop, backends: list[Backend], *, grpc: bool = False, **options: Any) -> None:
         self.loop = loop
         self.backends = backends
-        (self.port,) = free_ports(1)
+        self.port, self.rpc = free_ports(2)
+        self.rpc *= grpc
         self.options = {"health": {"intervalSeconds": 0.05}, **options}
 
     def configuration(self, **options: Any) -> Config:
-        return parse_config(config(MODEL, self.backends, self.port, 0, **{**self.options, **options}), "test")
+        return parse_config(config(MODEL, self.backends, self.port, self.rpc, **{**self.options, **options}), "test")
 
     def start(self) -> None:
         async def begin() -> None:
