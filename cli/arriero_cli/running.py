@@ -147,13 +147,21 @@ class Running:
         self._board.say(f"draining, for at most {limit:g} s; Ctrl-C again stops at once")
         stopping = asyncio.ensure_future(self._stopping.wait())
         try:
-            for processes in ([self._router], self._pods):
-                if not await self._leave(processes, limit + _AFTER_DRAIN, keeping, stopping):
-                    return EXIT_INTERRUPTED
+            if not await self._leave([self._router], limit + _AFTER_DRAIN, keeping, stopping):
+                return EXIT_INTERRUPTED
+            self._kill_idle()
+            if not await self._leave(self._pods, limit + _AFTER_DRAIN, keeping, stopping):
+                return EXIT_INTERRUPTED
         finally:
             stopping.cancel()
         self._board.say("drained")
         return 0
+
+    def _kill_idle(self) -> None:
+        """A replica that does not serve has nothing to finish, once the router has nothing left for it."""
+        for pod in self._pods:
+            if not self._view.replicas[self._replica_of[pod.name]].serving:
+                pod.kill()
 
     async def _leave(
         self,

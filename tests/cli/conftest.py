@@ -91,12 +91,12 @@ class Program:
     def pid(self) -> int:
         return self.process.pid
 
-    def wait_for(self, pattern: str, since: int = 0) -> re.Match[str]:
-        """Read until a pattern stands in the output behind `since` characters."""
-        deadline = time.monotonic() + PATIENCE
+    def wait_for(self, pattern: str, since: int = 0, patience: float = PATIENCE) -> re.Match[str]:
+        """Read until a pattern stands in the output behind `since` characters, for so many seconds at most."""
+        deadline = time.monotonic() + patience
         while not (found := re.compile(pattern).search(self.output, since)):
             assert time.monotonic() < deadline, f"no {pattern!r} in {self.output}"
-            if not self._read() and not re.compile(pattern).search(self.output, since):
+            if not self._read(patience) and not re.compile(pattern).search(self.output, since):
                 raise AssertionError(f"ended with {self.process.wait()} without {pattern!r}: {self.output}")
         return found
 
@@ -115,9 +115,9 @@ class Program:
             self.process.wait()
         os.close(self._read_fd)
 
-    def _read(self) -> bool:
-        ready, _, _ = select.select([self._read_fd], [], [], PATIENCE)
-        assert ready, f"silent for {PATIENCE:g} s after {self.output}"
+    def _read(self, patience: float = PATIENCE) -> bool:
+        ready, _, _ = select.select([self._read_fd], [], [], patience)
+        assert ready, f"silent for {patience:g} s after {self.output}"
         try:
             data = os.read(self._read_fd, 65536)
         except OSError:  # how a terminal ends

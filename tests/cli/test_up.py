@@ -214,6 +214,22 @@ def test_ctrl_c_lets_clients_have_their_answers(start, deployment_file, tmp_path
     assert up.output.rstrip().endswith("drained")
 
 
+def test_ctrl_c_does_not_wait_for_a_replica_that_is_still_starting(start, deployment_file, tmp_path):
+    run, go = tmp_path / "run", tmp_path / "go"
+    go.touch()
+    steer = json.dumps({"hold": str(go)})
+    up = start(RUN_UP, deployment_file(spec__replicas=2), *PORTS, "--run-dir", run, ARRIERO_STUB=steer)
+    up.wait_for("Ctrl-C finishes")
+    go.unlink()
+    seen = len(up.output)
+    os.kill(int((run / "replica-0" / "pids-0").read_text()), signal.SIGKILL)
+    up.wait_for("replica 0 rank 0 .*: loading", seen)
+    os.kill(up.pid, signal.SIGINT)
+    assert up.end() == 0
+    assert up.output.rstrip().endswith("drained")
+    assert not any(is_there(pid) for pid in pids(run))
+
+
 def test_a_router_that_can_never_run_ends_it_with_the_reason(start, deployment_file):
     code = "import sys; print('12:00:00 E arriero.router models: missing'); sys.exit(2)"
     up = start(RUN_UP, deployment_file(), *PORTS, ARRIERO_STUB_ROUTER=code)
