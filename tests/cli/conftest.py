@@ -103,6 +103,17 @@ class Program:
     def type(self, text: str) -> None:
         os.write(self.write_fd, text.encode())
 
+    def type_until(self, text: str, pattern: str, since: int = 0) -> None:
+        """Type it, and again after a while, until a pattern stands in the output: a signal that comes between the
+        prompt and the wait for keys is noticed at the next one only.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while not re.compile(pattern).search(self.output, since):
+            assert time.monotonic() < deadline, f"no {pattern!r} in {self.output}"
+            self.type(text)
+            if select.select([self._read_fd], [], [], 0.5)[0]:
+                self._read()
+
     def end(self) -> int:
         """Read to the end; the exit status."""
         while self._read():

@@ -128,8 +128,7 @@ def test_ctrl_c_interrupts_the_answer_and_ctrl_d_leaves(server, start):
     seen = chat.wait_for("Done", seen).end()
     assert contents(server.requests[1]) == [("user", "tell me"), ("assistant", "Once upon "), ("user", "go on")]
     chat.wait_for("> ", seen)
-    chat.type("\x03")
-    chat.wait_for(r"\(Ctrl-D leaves\)", seen)
+    chat.type_until("\x03", r"\(Ctrl-D leaves\)", seen)
     chat.type("\x04")
     assert chat.end() == 0
 
