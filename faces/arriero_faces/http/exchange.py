@@ -100,7 +100,8 @@ class Exchange:
         if not self._chunked:
             self.keep_alive = False
         head = self._head(status, content_type, headers)
-        self._connection.send((head + ("transfer-encoding: chunked\r\n\r\n" if self._chunked else "\r\n")).encode())
+        framing = "transfer-encoding: chunked\r\n\r\n" if self._chunked else "\r\n"
+        self._connection.send((head + framing).encode("latin-1"))
 
     def write(self, data: bytes) -> None:
         """A piece of the body; never blocks. A writer of many pieces awaits `drain` between them."""

@@ -87,6 +87,17 @@ def test_any_status_is_passed_on(loop: Loop, status: str) -> None:
         assert len(replica.requests) == 1
 
 
+def test_bytes_of_headers_are_passed_on_as_they_are(loop: Loop) -> None:
+    async def streams(replica: Replica, asked: Request, writer: asyncio.StreamWriter) -> None:
+        assert asked.header("x-name") == "\xe9"
+        kind = b"text/event-stream" if b'"stream": true' in asked.body else b"text/plain"
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\nx-name: \xe9\r\ncontent-length: 0\r\n\r\n" % kind)
+
+    with running(loop, streams) as (router, _):
+        for stream in (False, True):
+            assert b"x-name: \xe9\r\n" in talk(router.port, request(TEXT, prompt(stream=stream), "x-name: \xe9"))
+
+
 def test_a_chunked_request_is_sent_on_with_its_length(loop: Loop) -> None:
     body = json.dumps(prompt()).encode()
     chunks = b"".join(b"%x\r\n%b\r\n" % (1, body[i : i + 1]) for i in range(len(body))) + b"0\r\n\r\n"
