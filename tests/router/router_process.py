@@ -161,22 +161,31 @@ def parse_metrics(text: str) -> list[tuple[str, dict[str, str], float]]:
     return found
 
 
-def kill_tree(pid: int) -> None:
-    """SIGKILL for a process and all it started; returns when all of them have ended or are zombies."""
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all that it started, as far as they still live."""
     try:
         root = psutil.Process(pid)
-        family = [root, *root.children(recursive=True)]
+        return [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
-        return
-    for process in family:
+        return []
+
+
+def kill_all(processes: Sequence[psutil.Process]) -> None:
+    """SIGKILL; returns when all of them have ended or are zombies."""
+    for process in processes:
         try:
             process.kill()
         except psutil.NoSuchProcess:
             pass
     limit = time.monotonic() + PATIENCE
-    while any(_lives(process) for process in family):
-        assert time.monotonic() < limit, f"processes survive SIGKILL: {family}"
+    while any(_lives(process) for process in processes):
+        assert time.monotonic() < limit, f"processes survive SIGKILL: {processes}"
         time.sleep(0.005)
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL for a process and all that it started."""
+    kill_all(family(pid))
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -38,14 +38,17 @@ def fleet() -> Iterator[Fleet]:
 async def test_no_stream_breaks_when_replicas_are_killed(fleet: Fleet, campaign: int, seed: int) -> None:
     """3 rounds (50 as a campaign) of kill -9 of a whole replica at a random moment under 16 clients."""
     port, rpc = free_ports(2)
-    with our_router(fleet, port, rpc):
+    with our_router(fleet, port, rpc) as router:
         outcome = await kill_rounds(
             fleet, port, rounds=50 if campaign > 1 else 3, seed=seed, clients=CLIENTS, say=print
         )
+        replays = router.metrics()["arriero_router_replays_total"]
+    print(f"{replays:g} replays")
     assert outcome.sound, "\n".join([outcome.summary(), *outcome.problems])
     assert not outcome.problems, outcome.problems
     assert outcome.requests > 50 * outcome.kills / 3
     assert outcome.pauses, "no stream was open at any kill"
+    assert replays >= outcome.kills, "the kills hit hardly anything"
 
 
 async def test_requests_wait_while_no_replica_is_up(fleet: Fleet, campaign: int, seed: int) -> None:
