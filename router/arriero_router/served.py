@@ -38,6 +38,10 @@ log = logging.getLogger("arriero.router")
 
 _TICK = 0.1
 """Seconds: how late a deadline, the end of an ejection or a silence may be noticed."""
+_UNHURRIED = (("grpc.http2.lookahead_bytes", 64), ("grpc.http2.bdp_probe", 0))
+"""A replica may not write further ahead than this router reads: what it has to say then gathers there, and comes in
+fewer messages, which is what a busy router needs. A message costs it the same whatever its size.
+"""
 _LOST_SILENCE = 5.0
 """Seconds without a byte after which an answer of a replica that is not heard of any more is given up."""
 
@@ -184,7 +188,7 @@ class Served:
         key = address(endpoint.host, endpoint.grpc_port)
         channel = self._channels.get(key)
         if channel is None:
-            channel = self._channels[key] = open_channel(endpoint.host, endpoint.grpc_port, self.security)
+            channel = self._channels[key] = open_channel(endpoint.host, endpoint.grpc_port, self.security, _UNHURRIED)
         return channel
 
     def silence_of(self, replica: Replica, begun: bool) -> float:

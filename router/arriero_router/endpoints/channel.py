@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import ssl
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -44,13 +45,15 @@ class Security:
     """Name that certificates must bear; empty: the endpoint's host."""
 
 
-def open_channel(host: str, port: int, security: Security | None = None) -> grpc.aio.Channel:
-    """A channel of its own to host:port; to be closed by its user."""
+def open_channel(
+    host: str, port: int, security: Security | None = None, options: Sequence[tuple[str, int]] = ()
+) -> grpc.aio.Channel:
+    """A channel of its own to host:port; to be closed by its user. `options` are gRPC's, besides those of all."""
     target = address(host, port)
     if security is None or security.grpc is None:
-        return grpc.aio.insecure_channel(target, options=_OPTIONS)
+        return grpc.aio.insecure_channel(target, options=[*_OPTIONS, *options])
     named = [("grpc.ssl_target_name_override", security.server_name)] if security.server_name else []
-    return grpc.aio.secure_channel(target, security.grpc, options=[*_OPTIONS, *named])
+    return grpc.aio.secure_channel(target, security.grpc, options=[*_OPTIONS, *options, *named])
 
 
 async def knock(host: str, port: int, seconds: float) -> None:
