@@ -348,11 +348,11 @@ class Machine(RuleBasedStateMachine):
         assert all((replica.in_flight, replica.pending) == (0, 0) for replica in self.world.pool.replicas)
 
 
-class TestMachine(Machine.TestCase):  # type: ignore[name-defined,misc]
-    settings = settings(
-        max_examples=100,
-        stateful_step_count=40,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=[HealthCheck.too_slow],
-    )
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(
+    max_examples=100,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
