@@ -211,6 +211,8 @@ class Harness:
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         self.ended: dict[int, str] = {}
         self.outputs: list[Outputs] = []
+        self.losses: dict[int, tuple[int, int]] = {}
+        """For each request, how many epochs in a row ended under it at this number of tokens received."""
         self.told: set[int] = set()
         """Marks, as the faces would know them."""
         self.forgotten = 0
@@ -295,6 +297,10 @@ class Harness:
         self.check()
 
     def reset(self) -> None:
+        for sequence in self.scheduler._running:
+            count, gained = self.losses.get(sequence.id, (0, -1))
+            now = len(self.received[sequence.id])
+            self.losses[sequence.id] = (count + 1 if now == gained else 1, now)
         self.scheduler.reset()
         self.group.reset()
         self.in_flight.clear()
@@ -350,7 +356,7 @@ class Harness:
         """What was told is what cached blocks carry, each mark where it belongs, and none is missing."""
         self._hear_marks()
         pool, size = self.scheduler._blocks, self.settings.block_size
-        carried = pool.marks._of
+        carried = pool.marks.of
         assert self.told == {mark for marks in carried.values() for mark in marks} == set(self.scheduler.marks)
         for block, marks in carried.items():
             assert 0 < len(marks) == len(set(marks)) <= 16
@@ -403,7 +409,8 @@ class Harness:
             if request.sampling.prompt_logprobs >= 0 and tokens:
                 assert [entry.token for entry in self.prompt_logprobs.get(id_, [])] == request.prompt[1:]
         else:
-            assert ended in ("abort", "timeout", "refused: timeout")
+            hopeless = self.losses.get(id_, (0, 0))[0] >= 5
+            assert ended in ("abort", "timeout", "refused: timeout") or (ended == "error" and hopeless)
             assert self.received[id_] == tokens[: len(self.received[id_])]
 
     def check(self) -> None:

@@ -79,6 +79,7 @@ class BlockPool:
     def allocate(self, count: int) -> list[int]:
         """Take `count` blocks, at most `available`; cached content is given up where no empty block is left."""
         blocks = []
+        marked = self.marks.of
         for _ in range(count):
             if self._free:
                 block = self._free.pop()
@@ -88,7 +89,8 @@ class BlockPool:
                 assert key is not None
                 del self._cached[key]
                 self._key[block] = None
-                self.marks.drop(block)
+                if block in marked:
+                    self.marks.drop(block)
             self._references[block] = 1
             blocks.append(block)
         return blocks

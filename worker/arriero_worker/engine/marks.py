@@ -23,13 +23,13 @@ class MarkNews(NamedTuple):
 class Marks:
     """Who carries which mark. Every call costs as much as what it changes."""
 
-    __slots__ = ("_added", "_carriers", "_limit", "_of", "_removed", "_reset")
+    __slots__ = ("_added", "_carriers", "_limit", "_removed", "_reset", "of")
 
     def __init__(self, limit: int) -> None:
         """A block carries `limit` at most: the oldest goes for a new one."""
         self._limit = limit
-        self._of: dict[int, list[int]] = {}
-        """Marks of each block that carries some, oldest first."""
+        self.of: dict[int, list[int]] = {}
+        """Marks of each block that carries some, oldest first; to read only."""
         self._carriers: dict[int, int] = {}
         """How many blocks carry each mark."""
         self._reset = False
@@ -43,9 +43,9 @@ class Marks:
 
     def attach(self, block: int, mark: int) -> None:
         """Let a cached block carry a mark, if it does not already."""
-        marks = self._of.get(block)
+        marks = self.of.get(block)
         if marks is None:
-            self._of[block] = [mark]
+            self.of[block] = [mark]
         elif mark in marks:
             return
         else:
@@ -62,14 +62,14 @@ class Marks:
 
     def drop(self, block: int) -> None:
         """The block is evicted: it carries nothing any more."""
-        for mark in self._of.pop(block, ()):
+        for mark in self.of.pop(block, ()):
             self._lose(mark)
 
     def reset(self) -> None:
         """No block carries anything any more."""
         if self._carriers or self._removed:
             self._reset = True
-            self._of.clear()
+            self.of.clear()
             self._carriers.clear()
             self._added.clear()
             self._removed.clear()
