@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
-SHARD = 4096
+SHARD = 1024
 
 
 class _Life:
@@ -36,7 +36,7 @@ class _Life:
 
 class PrefixIndex:
     def __init__(self, limit: int = 1 << 18, guesses: int = 1 << 14, patience: float = 30.0) -> None:
-        """`limit`: marks in all, some 200 bytes each. `guesses`: expected marks of a replica, a chunk of 256 bytes
+        """`limit`: marks in all, 120 to 200 bytes each. `guesses`: expected marks of a replica, a chunk of 256 bytes
         each. `patience`: seconds until an expected mark that a watched replica does not confirm is dropped.
         """
         if limit < 1 or guesses < 1 or patience <= 0:
@@ -50,6 +50,7 @@ class PrefixIndex:
         self._which = count - 1
         self._shards: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(count)]
         """By a mark's low bits: mark -> bits of the lives that have it; the least recently used first."""
+        self._gets = [shard.get for shard in self._shards]
         self._lives: dict[int, _Life] = {}
         self._life_of: dict[int, _Life] = {}
         self._slot_of: dict[int, int] = {}
@@ -75,13 +76,13 @@ class PrefixIndex:
     def match(self, marks: Sequence[int]) -> dict[int, int]:
         """Slot -> how many leading marks it holds without a gap; slots that lack the first are not in it."""
         held: dict[int, int] = {}
-        shards, which = self._shards, self._which
+        gets, which = self._gets, self._which
         live = self._alive
         if not live:
             return held
         depth = 0
         for mark in marks:
-            both = shards[mark & which].get(mark, 0) & live
+            both = gets[mark & which](mark, 0) & live
             if both != live:
                 if depth:
                     self._note(held, live ^ both, depth)
