@@ -22,7 +22,6 @@ _STREAM_HEADERS = (("cache-control", "no-cache"), ("x-accel-buffering", "no"))
 _NOT_FORWARDED = frozenset(
     (
         b"authorization",
-        b"connection",
         b"content-length",
         b"expect",
         b"host",
@@ -39,6 +38,7 @@ _NOT_FORWARDED = frozenset(
     )
 )
 """Ends here, or is written anew for each attempt."""
+_COMMON_OPTIONS = frozenset((b"keep-alive", b"close", b""))
 
 
 class _Tokens(msgspec.Struct):
@@ -101,6 +101,7 @@ class Forward:
         ]
         given: dict[str, str] = {}
         request_id = ""
+        named: set[bytes] = set()
         for name, value in exchange.headers:
             if name.startswith(b"x-arriero-resume"):
                 text = name.decode()
@@ -112,8 +113,14 @@ class Forward:
                 request_id = value.decode("latin-1").strip()
             elif name == b"traceparent":
                 self._trace = value
+            elif name == b"connection":
+                # What it names is for this connection alone (RFC 9110, 7.6.1).
+                named.update(part.strip().lower() for part in value.split(b","))
             elif name not in _NOT_FORWARDED:
                 lines.append(b"%b: %b\r\n" % (name, value))
+        named -= _COMMON_OPTIONS
+        if named:
+            lines[1:] = [line for line in lines[1:] if line.partition(b":")[0] not in named]
         self._record.request_id = request_id or secrets.token_hex(12)
         lines.append(b"x-request-id: %b\r\n" % self._record.request_id.encode("latin-1"))
         if self._record.streamed:
@@ -193,7 +200,8 @@ class Forward:
         """A held or paused stream shows life. From now on errors travel in it."""
         exchange = self._exchange
         if not exchange.started:
-            exchange.start(200, EVENT_STREAM, (*_STREAM_HEADERS, ("x-request-id", self._record.request_id)))
+            vouched = ((HEADER, "1"),) if self._passes_comments else ()
+            exchange.start(200, EVENT_STREAM, (*_STREAM_HEADERS, *vouched, ("x-request-id", self._record.request_id)))
         if not exchange.blocked:
             exchange.write(b": waiting\n\n")
 

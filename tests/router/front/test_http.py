@@ -75,6 +75,14 @@ def test_a_request_reaches_a_replica_as_it_was(loop: Loop) -> None:
         assert head.count(b"connection: ") == 1, "that is between two neighbours"
 
 
+def test_what_a_client_says_to_its_neighbour_alone_stays_there(loop: Loop) -> None:
+    with running(loop, echo) as (router, _):
+        data = request(TEXT, b'{"prompt": "x"}', "Connection: close, X-Private", "x-private: 1", "x-public: 2")
+        names = {name for name, _ in parse_response(talk(router.port, data)).json()["headers"]}
+        assert "x-public" in names
+        assert not names & {"x-private", "connection"}
+
+
 @pytest.mark.parametrize("status", ["201 Created", "204 No Content", "302 Found", "418 Teapot"])
 def test_any_status_is_passed_on(loop: Loop, status: str) -> None:
     async def says(replica: Replica, asked: Request, writer: asyncio.StreamWriter) -> None:
