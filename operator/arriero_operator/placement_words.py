@@ -1,0 +1,75 @@
+"""What a group lacks, in one sentence. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from arriero_operator.observe import Node
+from arriero_operator.quantity import GIB, Resources, room
+from arriero_operator.scheduling import refusal
+
+if TYPE_CHECKING:
+    from arriero_operator.placement import Gang
+
+_COMMON = ("cpu", "memory", "pods", "ephemeral-storage")
+
+
+def shortage(gang: Gang, has: int, usable: Sequence[Node], nodes: Sequence[Node], free: Mapping[str, Resources]) -> str:
+    """As "needs 2 nodes with 8 free nvidia.com/gpu in one rack, has 1; not counted: 3 tainted nvidia.com/gpu".
+
+    has: pods that the best domain holds now. usable: nodes that admit the pods.
+    """
+    resource = _scarcest(gang, usable, free)
+    amount = _amount(resource, gang.requests[resource])
+    where = _domain_words(gang) if gang.required else ""
+    # Where one node may hold several of the pods, counting nodes would mislead.
+    widest = max((room(free[node.name], gang.requests) for node in usable), default=0)
+    whole = resource not in _COMMON and gang.requests[resource] > 1
+    if widest <= 1 and whole:
+        needs = f"needs {_count(len(gang.gated), 'node')} with {amount}{where}, has {has}"
+    else:
+        needs = f"needs room for {_count(len(gang.gated), 'pod')} with {amount} each{where}, has room for {has}"
+    refused = Counter(reason for node in nodes if (reason := refusal(node, gang.gated[0])) is not None)
+    if gang.required and (bare := sum(gang.topology_key not in node.labels for node in usable)):
+        refused[f"without the label {gang.topology_key}"] += bare
+    if refused:
+        needs += "; not counted: " + ", ".join(f"{count} {reason}" for reason, count in sorted(refused.items()))
+    return needs
+
+
+def _scarcest(gang: Gang, usable: Sequence[Node], free: Mapping[str, Resources]) -> str:
+    """The resource that fewest pods could get if it were the only one they ask for; devices before cores and memory."""
+
+    def pods(resource: str) -> int:
+        alone = {resource: gang.requests[resource]}
+        return sum(room(free[node.name], alone) for node in usable)
+
+    asked = sorted(
+        (resource for resource, amount in gang.requests.items() if amount > 0),
+        key=lambda resource: (_COMMON.index(resource) if resource in _COMMON else -1, resource),
+    )
+    return min(asked, key=pods)
+
+
+def _domain_words(gang: Gang) -> str:
+    """As ` in one rack` for topology.kubernetes.io/rack."""
+    if gang.topology_key == "kubernetes.io/hostname":
+        return " on one node"
+    return f" in one {gang.topology_key.rpartition('/')[2]}"
+
+
+def _amount(resource: str, amount: Fraction) -> str:
+    if resource == "pods":
+        return "a free pod slot"
+    if resource == "cpu":
+        return f"{float(amount):g} free cores"
+    if resource in ("memory", "ephemeral-storage") or resource.startswith("hugepages-"):
+        return f"{float(amount / GIB):.1f} GiB of free {resource}"
+    return f"{float(amount):g} free {resource}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,215 @@
+"""Objects in front of the groups: the leaders' Service, the router and what it needs, disruption budgets. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from arriero_operator import names
+from arriero_operator.wanted import CONTROL, GRPC, HTTP, Wanted, digest
+
+_CONFIG_DIRECTORY = "/etc/arriero"
+_USER = 65532
+# The router ends within drainSeconds by itself; what comes on top is a process's end.
+_AFTER_DRAIN = 15
+# Endpoints stop naming a terminating pod a moment after it was told to end; kube-proxy needs that moment.
+_LEAVE_SECONDS = 5
+
+
+def deployment_objects(wanted: Wanted) -> list[dict[str, Any]]:
+    """Everything of a deployment but its groups, in the order in which it is made."""
+    return [
+        leaders_service(wanted),
+        *_access(wanted),
+        _router_config(wanted),
+        _router_service(wanted),
+        _router_deployment(wanted),
+        _budget(wanted, names.router_name(wanted.name), names.ROUTER),
+        _budget(wanted, names.workers_name(wanted.name), names.WORKER),
+    ]
+
+
+def leaders_service(wanted: Wanted) -> dict[str, Any]:
+    """All groups' leaders that are ready: the pod's readiness and the replica's own Status must both be good."""
+    ports = (("http", HTTP), ("grpc", GRPC), ("control", CONTROL))
+    return wanted.child(
+        "v1",
+        "Service",
+        names.leaders_service(wanted.name),
+        names.WORKER,
+        spec={
+            "clusterIP": "None",
+            "publishNotReadyAddresses": False,
+            "selector": {**names.selector(wanted.name, names.WORKER), names.POD_INDEX: "0"},
+            "ports": [{"name": n, "port": p, "protocol": "TCP", "targetPort": p} for n, p in ports],
+        },
+    )
+
+
+def router_settings(wanted: Wanted) -> dict[str, Any]:
+    """What `arriero-router --config` reads."""
+    spec = wanted.deployment.spec
+    return {
+        "models": [
+            {
+                "name": spec.model.name,
+                "policy": spec.router.policy,
+                "endpoints": {"kubernetes": {"service": names.leaders_service(wanted.name)}},
+            }
+        ],
+        "drainSeconds": spec.rollout.drain_seconds,
+    }
+
+
+def _router_config(wanted: Wanted) -> dict[str, Any]:
+    text = yaml.safe_dump(router_settings(wanted), sort_keys=False)
+    return wanted.child("v1", "ConfigMap", names.router_name(wanted.name), names.ROUTER, data={"router.yaml": text})
+
+
+def _access(wanted: Wanted) -> list[dict[str, Any]]:
+    """The router may see EndpointSlices of its namespace, and nothing else."""
+    name = names.router_name(wanted.name)
+    rbac = "rbac.authorization.k8s.io"
+    rule = {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]}
+    return [
+        wanted.child("v1", "ServiceAccount", name, names.ROUTER, automountServiceAccountToken=False),
+        wanted.child(f"{rbac}/v1", "Role", name, names.ROUTER, rules=[rule]),
+        wanted.child(
+            f"{rbac}/v1",
+            "RoleBinding",
+            name,
+            names.ROUTER,
+            roleRef={"apiGroup": rbac, "kind": "Role", "name": name},
+            subjects=[{"kind": "ServiceAccount", "name": name, "namespace": wanted.namespace}],
+        ),
+    ]
+
+
+def _router_service(wanted: Wanted) -> dict[str, Any]:
+    """Where clients ask."""
+    return wanted.child(
+        "v1",
+        "Service",
+        names.router_name(wanted.name),
+        names.ROUTER,
+        spec={
+            "type": "ClusterIP",
+            "selector": names.selector(wanted.name, names.ROUTER),
+            "ports": [
+                {"name": "http", "port": 8000, "protocol": "TCP", "targetPort": "http", "appProtocol": "http"},
+                {"name": "grpc", "port": 9000, "protocol": "TCP", "targetPort": "grpc", "appProtocol": "grpc"},
+            ],
+        },
+    )
+
+
+def _router_deployment(wanted: Wanted) -> dict[str, Any]:
+    spec, settings = wanted.deployment.spec, wanted.settings
+    name = names.router_name(wanted.name)
+    pod: dict[str, Any] = {
+        "serviceAccountName": name,
+        "automountServiceAccountToken": True,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": spec.rollout.drain_seconds + _AFTER_DRAIN + _LEAVE_SECONDS,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": _USER,
+            "runAsGroup": _USER,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        **(
+            {"imagePullSecrets": [{"name": n} for n in settings.image_pull_secrets]}
+            if settings.image_pull_secrets
+            else {}
+        ),
+        "topologySpreadConstraints": [
+            {
+                "maxSkew": 1,
+                "topologyKey": names.HOSTNAME,
+                "whenUnsatisfiable": "ScheduleAnyway",
+                "labelSelector": {"matchLabels": names.selector(wanted.name, names.ROUTER)},
+            }
+        ],
+        "containers": [_router_container(wanted)],
+        "volumes": [
+            {"name": "config", "configMap": {"name": name}},
+            {"name": "tmp", "emptyDir": {}},
+        ],
+    }
+    return wanted.child(
+        "apps/v1",
+        "Deployment",
+        name,
+        names.ROUTER,
+        spec={
+            "replicas": spec.router.replicas,
+            "revisionHistoryLimit": 2,
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
+            "selector": {"matchLabels": names.selector(wanted.name, names.ROUTER)},
+            "template": {
+                "metadata": {
+                    "labels": names.labels(wanted.name, names.ROUTER),
+                    # Another configuration is another pod: old and new ones then differ in nothing but their files.
+                    "annotations": {names.PREFIX + "config": digest(router_settings(wanted))},
+                },
+                "spec": pod,
+            },
+        },
+    )
+
+
+def _router_container(wanted: Wanted) -> dict[str, Any]:
+    settings = wanted.settings
+    return {
+        "name": names.ROUTER,
+        "image": settings.router_image,
+        "imagePullPolicy": settings.image_pull_policy,
+        "command": ["arriero-router"],
+        "args": ["--config", f"{_CONFIG_DIRECTORY}/router.yaml"],
+        "env": [{"name": "HOME", "value": "/tmp"}],
+        "ports": [
+            {"name": "http", "containerPort": 8000, "protocol": "TCP"},
+            {"name": "grpc", "containerPort": 9000, "protocol": "TCP"},
+        ],
+        "resources": {"requests": {"cpu": "500m", "memory": "256Mi"}},
+        "lifecycle": {"preStop": {"sleep": {"seconds": _LEAVE_SECONDS}}},
+        "startupProbe": _probe("/health/live", periodSeconds=1, failureThreshold=60),
+        "livenessProbe": _probe("/health/live", periodSeconds=10, failureThreshold=3),
+        "readinessProbe": _probe("/health/ready", periodSeconds=2, failureThreshold=2),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [
+            {"name": "config", "mountPath": _CONFIG_DIRECTORY, "readOnly": True},
+            {"name": "tmp", "mountPath": "/tmp"},
+        ],
+    }
+
+
+def _budget(wanted: Wanted, name: str, component: str) -> dict[str, Any]:
+    """One pod at a time may be evicted, so at most one group is taken from its requests; pods that do nothing yet or
+    any more never hold up a node's drain.
+    """
+    return wanted.child(
+        "policy/v1",
+        "PodDisruptionBudget",
+        name,
+        component,
+        spec={
+            "maxUnavailable": 1,
+            "unhealthyPodEvictionPolicy": "AlwaysAllow",
+            "selector": {"matchLabels": names.selector(wanted.name, component)},
+        },
+    )
+
+
+def _probe(path: str, **numbers: int) -> dict[str, Any]:
+    return {
+        "httpGet": {"path": path, "port": "http", "scheme": "HTTP"},
+        "timeoutSeconds": 2,
+        "successThreshold": 1,
+        **numbers,
+    }
