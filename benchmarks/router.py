@@ -12,6 +12,7 @@ figures are medians over rounds. `direct` is no router; `floor` passes bytes and
   request, and requests a second.
 - `fresh`: the same, with a new connection for each request.
 - `paced`: streams of 32 chunks 2 ms apart, 16 at once, so each chunk is a read and a write of its own: CPU per stream.
+  `arrivals` counts how many times the client heard of a stream: a router that lets chunks pile up spends less.
 - `burst`: streams of 32 chunks written at once, as fast as they go.
 - `one`, `one stream`: one client alone: latency, time to the first byte of a stream; `added` is what exceeds direct's.
 - `gRPC`: streams of 32 messages 2 ms apart, 16 at once, through our gRPC face and through a grpc.aio passthrough.
@@ -221,6 +222,7 @@ async def scene_figures(router: Router, process: RouterProcess | None, scene: Sc
         "p99_us": round(quantile(latencies, 0.99) * 1e6, 1),
         "first_p50_us": round(quantile(firsts, 0.5) * 1e6, 1) if firsts else None,
         "first_p99_us": round(quantile(firsts, 0.99) * 1e6, 1) if firsts else None,
+        "arrivals": round(statistics.mean(len(set(answer.times)) for answer in found), 1),
         "failed": sum(not sound(answer, scene) for answer in found),
     }
 
@@ -342,6 +344,7 @@ def summarize(report: dict[str, Any]) -> None:
         ("req/s", "whole", "per_second"),
         ("fresh us", "fresh", "cpu_us"),
         ("paced us", "paced", "cpu_us"),
+        ("arrivals", "paced", "arrivals"),
         ("burst us", "burst", "cpu_us"),
         ("p50 added", "one", "added_p50_us"),
         ("p99 added", "one", "added_p99_us"),
