@@ -144,7 +144,7 @@ class Journey:
             self._future = None
             waited = time.monotonic() - began
             self.held_seconds += waited
-            self.served.metrics.held(waited)
+            self.served.metrics.held.observe(waited)
 
     def _refused(self, refusal: Refusal) -> HttpError:
         after = f" (it had broken before: {self.last_error})" if self.last_error else ""
