@@ -66,12 +66,13 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Conversation:
-    """One client's chat: tenant's prefix, then turns. Its marks beyond the prefix are its own."""
+    """One client's chat: its tenant's prefix, then turns. Its marks beyond the prefix are its own."""
 
     tenant: int
     shared: list[int]
     turns: int
     rng: random.Random
+    number: int
     own: list[int] = field(default_factory=list)
     length: int = 0
 

@@ -1,6 +1,6 @@
 """What each routing policy makes of simulated replicas: hit rate, time to first token, throughput, balance.
 
-    python benchmarks/router_policy.py [--json FILE] [--seconds S] [--seed N] [--jobs N] [--scene NAME ...]
+    python benchmarks/router_policy.py [--json FILE] [--seconds S] [--seed N] [--runs N] [--jobs N] [--scene NAME ...]
 
 Virtual time, no sockets: the router's own index and policies in front of 8 engines (`engine_model.py`) whose caches
 hold 225k tokens each: a quarter of 150 tenants' prefixes of 6k tokens, were nothing else there. What an engine tells a
@@ -14,7 +14,7 @@ with the weights that `prefix` gives them. `prefix` is compared with whichever i
 
 Load is in per cent of the capacity: the rate up to which the far-sighted oracle keeps p90 TTFT below 2 s. Every policy
 meets the same requests at the same times: a third of the time at half the rate, to warm the caches, a sixth at the
-rate, and the half that is counted.
+rate, and the half that is counted. A figure is of several such runs, each with a seed of its own, put together.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ REPORT_EVERY = 0.5
 REPLICAS = 8
 TENANTS = 150
 BYTES_PER_TOKEN = CHUNK // MARK
-LOADS = (0.5, 0.7, 0.85, 0.95)
 ORACLES = ("oracle", "oracle, far-sighted")
-RIVALS = (*ORACLES, "prefix", "prefix, 4 routers", "prefix, untold", *list(POLICIES)[1:], "random")
+CLOSE = (*ORACLES, "prefix", "prefix, 4 routers", "prefix, untold")
+RIVALS = (*CLOSE, *list(POLICIES)[1:], "random")
 BEARABLE_S = 2.0
 """p90 TTFT at what is called full load."""
 
@@ -71,6 +71,7 @@ class Scene:
     """Of a conversation, from 1 on, in the mean half of it; each repeats all before it."""
     thinking: float = 0.0
     """Mean seconds between an answer and the next question."""
+    loads: tuple[float, ...] = (0.5, 0.7, 0.85, 0.95)
 
 
 SCENES = {
@@ -79,7 +80,7 @@ SCENES = {
         Scene("even", "70B FP8, 2 x H100"),
         Scene("zipf", "70B FP8, 2 x H100", zipf=1.0),
         Scene("turns", "70B FP8, 2 x H100", zipf=1.0, prefix=1600, question=400, turns=11, thinking=8.0),
-        Scene("even-8b", "8B FP8, 1 x H100"),
+        Scene("even-8b", "8B FP8, 1 x H100", loads=(0.85,)),
     )
 }
 
@@ -97,7 +98,7 @@ class Figure:
     ttft_p99_s: float
     output_tokens_per_s: float
     worst_load: float
-    """The most loaded replica's mean number of requests, over the mean of all replicas."""
+    """The most loaded replica's mean number of requests, over the mean of all replicas: of the worst run."""
     worst_prefill: float
     """The same of tokens prefilled."""
 
@@ -171,7 +172,7 @@ class Simulation:
         turns = self.random.randint(1, self.scene.turns)
         # All that a conversation draws comes from its own generator: no policy changes what another one is asked.
         rng = random.Random(self.random.getrandbits(64))
-        self.ask(Conversation(tenant, self.shared[tenant], turns, rng, length=self.scene.prefix))
+        self.ask(Conversation(tenant, self.shared[tenant], turns, rng, next(self.numbers), length=self.scene.prefix))
 
     def ask(self, conversation: Conversation) -> None:
         scene, rng = self.scene, conversation.rng
@@ -184,7 +185,7 @@ class Simulation:
         if router.policy is None:
             engine = self.choose(request)
         else:
-            session = str(id(conversation) if scene.turns > 1 else conversation.tenant)
+            session = str(conversation.number if scene.turns > 1 else conversation.tenant)
             marks = conversation.marks(request.prompt)
             ask = Ask(model="", marks=marks, size=request.prompt * BYTES_PER_TOKEN, session=session)
             pick = router.pick(ask, self.now)
@@ -256,32 +257,30 @@ class Simulation:
             for router in self.routers:
                 router.replicas[engine.slot].report = Report(True, running=engine.requests - waiting, waiting=waiting)
 
-    def figure(self, load: float) -> Figure:
-        ttft = sorted(seconds for seconds, _, _ in self.measured)
-        cut = statistics.quantiles(ttft, n=100, method="inclusive")
-        prompts = sum(prompt for _, _, prompt in self.measured)
-        return Figure(
-            scene=self.scene.name,
-            load=load,
-            policy=self.policy,
-            requests=len(ttft),
-            hit_rate=round(sum(hit for _, hit, _ in self.measured) / prompts, 4),
-            ttft_p50_s=round(cut[49], 3),
-            ttft_p90_s=round(cut[89], 3),
-            ttft_p99_s=round(cut[98], 3),
-            output_tokens_per_s=round(self.output / (self.seconds - self.warm), 1),
-            worst_load=round(max(self.loads) / max(1e-9, statistics.mean(self.loads)), 3),
-            worst_prefill=round(max(self.prefilled) / statistics.mean(self.prefilled), 3),
-        )
+
+def simulate(scene: str, load: float, rate: float, policy: str, seconds: float, seeds: Sequence[int]) -> Figure:
+    runs = [Simulation(SCENES[scene], rate, policy, seconds, seed) for seed in seeds]
+    for run in runs:
+        run.run()
+    first_tokens = [measured for run in runs for measured in run.measured]
+    ttft = statistics.quantiles([seconds for seconds, _, _ in first_tokens], n=100, method="inclusive")
+    hits, prompts = (sum(measured[n] for measured in first_tokens) for n in (1, 2))
+    return Figure(
+        scene=scene,
+        load=load,
+        policy=policy,
+        requests=len(first_tokens),
+        hit_rate=round(hits / prompts, 4),
+        ttft_p50_s=round(ttft[49], 3),
+        ttft_p90_s=round(ttft[89], 3),
+        ttft_p99_s=round(ttft[98], 3),
+        output_tokens_per_s=round(sum(run.output / (seconds - run.warm) for run in runs) / len(runs), 1),
+        worst_load=round(max(max(run.loads) / statistics.mean(run.loads) for run in runs), 3),
+        worst_prefill=round(max(max(run.prefilled) / statistics.mean(run.prefilled) for run in runs), 3),
+    )
 
 
-def simulate(scene: str, load: float, rate: float, policy: str, seconds: float, seed: int) -> Figure:
-    simulation = Simulation(SCENES[scene], rate, policy, seconds, seed)
-    simulation.run()
-    return simulation.figure(load)
-
-
-def capacity(scene: str, seconds: float, seed: int) -> float:
+def capacity(scene: str, seconds: float, seeds: Sequence[int]) -> float:
     """Conversations a second that are called full load."""
     model, shape = MODELS[SCENES[scene].engine], SCENES[scene]
     # Each token of a question and of an answer computed once, and nothing else, is more than any router can reach.
@@ -289,7 +288,7 @@ def capacity(scene: str, seconds: float, seed: int) -> float:
     low, high = 0.0, REPLICAS / (turn * (1 + shape.turns) / 2)
     for _ in range(6):
         rate = (low + high) / 2
-        if simulate(scene, 1.0, rate, ORACLES[1], seconds, seed).ttft_p90_s < BEARABLE_S:
+        if simulate(scene, 1.0, rate, ORACLES[1], seconds, seeds).ttft_p90_s < BEARABLE_S:
             low = rate
         else:
             high = rate
@@ -323,24 +322,29 @@ def misses(figures: Sequence[Figure]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, help="write the figures and the machine's description here")
-    parser.add_argument("--seconds", type=float, default=90.0, help="of virtual time, for each figure")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=75.0, help="of virtual time, for each run")
+    parser.add_argument("--seed", type=int, default=1, help="of the first run; each next one's is one more")
+    parser.add_argument(
+        "--runs", type=int, default=6, help="for each figure of `prefix` and oracles; a third for others"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--scene", nargs="+", choices=SCENES, default=list(SCENES))
     options = parser.parse_args()
     figures: list[Figure] = []
+    seeds = range(options.seed, options.seed + options.runs)
+    fewer = seeds[: max(1, options.runs // 3)]
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         rates = dict(
             zip(
                 options.scene,
-                pool.starmap(capacity, [(scene, options.seconds, options.seed) for scene in options.scene]),
+                pool.starmap(capacity, [(scene, options.seconds, fewer) for scene in options.scene]),
                 strict=True,
             )
         )
         cells = [
-            (scene, load, rates[scene] * load, policy, options.seconds, options.seed)
+            (scene, load, rates[scene] * load, policy, options.seconds, seeds if policy in CLOSE else fewer)
             for scene in options.scene
-            for load in LOADS
+            for load in SCENES[scene].loads
             for policy in RIVALS
         ]
         cell = ("", 0.0)
@@ -363,7 +367,7 @@ def main() -> int:
         machine = {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()}
         report = {
             "machine": machine,
-            "seed": options.seed,
+            "seeds": list(seeds),
             "seconds": options.seconds,
             "replicas": REPLICAS,
             "tenants": TENANTS,
@@ -377,7 +381,7 @@ def main() -> int:
     return 1 if late else 0
 
 
-def _simulate(cell: tuple[str, float, float, str, float, int]) -> Figure:
+def _simulate(cell: tuple[str, float, float, str, float, Sequence[int]]) -> Figure:
     return simulate(*cell)
 
 
