@@ -212,6 +212,19 @@ def test_slots_used_again_and_again_leave_nothing_behind(seed: int) -> None:
     assert index.match(kept) == {1: 50}
 
 
+def test_what_a_forgotten_replica_left_makes_room_before_anything_known(seed: int) -> None:
+    rng = random.Random(seed)
+    limit = 8 * SHARD
+    index = PrefixIndex(limit)
+    kept, left, new = prompt(rng, 500), prompt(rng, limit * 3 // 4), prompt(rng, limit * 3 // 4)
+    index.reset(1, kept)
+    index.reset(0, left)
+    index.forget(0)
+    index.add(1, new)  # at once: no shard was swept in passing but one
+    assert index.match(kept) == {1: len(kept)}
+    assert index.match(new) == {1: len(new)}
+
+
 def test_late_news_of_a_slots_former_replica_counts_for_nothing() -> None:
     index = PrefixIndex()
     index.reset(0, [1])
