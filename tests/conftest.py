@@ -10,10 +10,12 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("arriero")
     group.addoption("--campaign", type=int, default=1, metavar="N", help="multiply random campaigns by N (default: 1)")
+    group.addoption("--cluster", action="store_true", help="also run the tests that need a Kubernetes cluster")
     group.addoption("--campaign-seed", type=int, default=None, metavar="S", help="repeat campaigns of this seed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cluster: needs a Kubernetes cluster; runs with --cluster")
     if config.getoption("--campaign") < 1:
         raise pytest.UsageError("--campaign: expected a whole number from 1 on")
 

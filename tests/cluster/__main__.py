@@ -1,0 +1,111 @@
+"""A cluster for a person.
+
+python -m tests.cluster up [--nodes N] [--gpus N] [--kwok]    start one, print its KUBECONFIG
+python -m tests.cluster down                                  end every cluster started so
+python -m tests.cluster sweep                                 remove what crashed clusters left
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from tests.cluster import slots, sweep
+from tests.cluster.cluster import ROOT, start_cluster
+from tests.cluster.layout import Layout
+from tests.cluster.processes import ClusterError, wait_until
+
+OWNER = "owner.pid"
+
+
+def up(arguments: argparse.Namespace) -> int:
+    """Start an owner in the background and wait for its word."""
+    command = [sys.executable, "-m", "tests.cluster", "own", f"--nodes={arguments.nodes}", f"--gpus={arguments.gpus}"]
+    command += ["--kwok"] if arguments.kwok else []
+    began = time.monotonic()
+    owner = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert owner.stdout is not None
+    line = owner.stdout.readline().decode().strip()
+    if not line:
+        return owner.wait() or 1
+    print(f"cluster ready in {time.monotonic() - began:.1f} s; `make cluster-down` ends it", file=sys.stderr)
+    print(f"export KUBECONFIG={line}")
+    return 0
+
+
+def own(arguments: argparse.Namespace) -> int:
+    """Hold a cluster until told to end."""
+    ended: list[int] = []
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(name, lambda number, _: ended.append(number))
+    cluster = start_cluster(arguments.nodes, gpus=arguments.gpus)
+    try:
+        if arguments.kwok:
+            cluster.start_kwok()
+        (cluster.layout.home / OWNER).write_text(str(os.getpid()))
+        print(cluster.kubeconfig, flush=True)
+        os.close(sys.stdout.fileno())
+        while not ended:
+            time.sleep(0.2)
+    finally:
+        cluster.close()
+    return 0
+
+
+def down(_: argparse.Namespace) -> int:
+    """End the owners of clusters that `up` started, and wait until nothing is left of them."""
+    for number in slots.used():
+        layout = Layout(number, 0, slots.base_folder())
+        note = layout.home / OWNER
+        if note.exists() and slots.is_held(number):
+            os.kill(int(note.read_text()), signal.SIGTERM)
+            wait_until(lambda note=note: not note.exists(), "end of the cluster", 60.0)
+            print(f"cluster {number} ended", file=sys.stderr)
+    sweep.sweep_all()
+    return 0
+
+
+def sweep_command(_: argparse.Namespace) -> int:
+    for number in sweep.sweep_all():
+        print(f"cluster {number} swept", file=sys.stderr)
+    return 0
+
+
+def reap(arguments: argparse.Namespace) -> int:
+    sweep.sweep_when_free(arguments.slot)
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.cluster", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
+    commands = parser.add_subparsers(required=True)
+    for name, action in (("up", up), ("own", own)):
+        command = commands.add_parser(name)
+        command.add_argument("--nodes", type=int, default=2, choices=range(5), help="real nodes (default: 2)")
+        command.add_argument("--gpus", type=int, default=8, help="GPUs of each node, counted only (default: 8)")
+        command.add_argument("--kwok", action="store_true", help="simulate nodes that have the label type=kwok")
+        command.set_defaults(action=action)
+    commands.add_parser("down").set_defaults(action=down)
+    commands.add_parser("sweep").set_defaults(action=sweep_command)
+    command = commands.add_parser("reap")
+    command.add_argument("slot", type=int)
+    command.set_defaults(action=reap)
+    arguments = parser.parse_args()
+    try:
+        status: int = arguments.action(arguments)
+    except ClusterError as error:
+        print(f"cluster: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

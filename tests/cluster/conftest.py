@@ -1,0 +1,111 @@
+"""The cluster as a fixture: one for the session, a namespace per test, and the traces of a failed test kept.
+
+Only with --cluster: starting one takes a minute and its programs are built first (python tools/cluster/build.py).
+With KUBECONFIG set, tests run on that cluster, and those that need nodes of our own are skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+from tests.cluster import machine
+from tests.cluster.cluster import Cluster, keep_logs, start_cluster
+from tests.cluster.existing import ExistingCluster
+from tests.cluster.node import Node
+from tests.cluster.processes import wait_until
+from tests.cluster.traces import traces_of
+
+FAILED = pytest.StashKey[bool]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--cluster"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("cluster")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def unavailable(reason: str) -> None:
+    """Skip the test; in CI, where nobody reads skips, fail it."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"CI must run the cluster's tests: {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster | ExistingCluster]:
+    """Two real nodes with eight counted GPUs each, or the cluster of KUBECONFIG."""
+    if kubeconfig := os.environ.get("KUBECONFIG"):
+        if lack := machine.not_built("kubectl"):
+            unavailable(lack)
+        existing = ExistingCluster(Path(kubeconfig))
+        yield existing
+        existing.close()
+        return
+    if lack := machine.why_no_nodes():
+        unavailable(lack)
+    began = time.monotonic()
+    own = start_cluster()
+    print(f"cluster ready in {time.monotonic() - began:.1f} s")
+    yield own
+    own.close()
+
+
+@pytest.fixture(scope="session")
+def own_cluster(cluster: Cluster | ExistingCluster) -> Cluster:
+    """The cluster, for tests that cut nodes off and kill its programs."""
+    if not isinstance(cluster, Cluster):
+        pytest.skip("this test does harm that only a cluster of our own may suffer, and KUBECONFIG names another")
+    return cluster
+
+
+@pytest.fixture
+def unharmed(own_cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster, for a test that breaks it: whatever the test did, each program runs and each node is Ready after."""
+    yield own_cluster
+    for node in own_cluster.nodes:
+        node.mend()
+    for program in own_cluster.programs:
+        if not program.is_running:
+            program.start()
+    own_cluster.wait_for_api()
+    own_cluster.wait_for_nodes()
+
+
+@pytest.fixture
+def nodes(own_cluster: Cluster) -> tuple[Node, ...]:
+    return own_cluster.nodes
+
+
+@pytest.fixture
+def namespace(cluster: Cluster | ExistingCluster, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A namespace of the test's own, gone with all its pods before the next test begins."""
+    word = re.sub(r"[^a-z0-9]+", "-", request.node.name.removeprefix("test_").lower())[:40].strip("-")
+    name = f"{word}-{hashlib.sha256(f'{request.node.nodeid}{time.time_ns()}'.encode()).hexdigest()[:6]}"
+    cluster.api.create("/api/v1/namespaces", {"metadata": {"name": name}})
+    account = f"/api/v1/namespaces/{name}/serviceaccounts/default"
+    wait_until(lambda: cluster.api.exists(account), f"service account of {name}")
+    yield name
+    if request.node.stash.get(FAILED, False):
+        traces = traces_of(cluster.api, name)
+        request.node.add_report_section("teardown", "events and logs", "\n".join(traces.values()))
+        if isinstance(cluster, Cluster):
+            print("kept in", keep_logs(cluster.layout, word, traces))
+    cluster.api.delete(f"/api/v1/namespaces/{name}")
+    wait_until(lambda: not cluster.api.get(f"/api/v1/namespaces/{name}/pods")["items"], f"end of pods in {name}", 60.0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        item.stash[FAILED] = True
+    return report
