@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from itertools import count
 from typing import TYPE_CHECKING
 
 from arriero_faces.http.errors import HttpError
@@ -45,6 +47,9 @@ class Router:
         self.draining = False
         self.served: list[Served] = []
         self._siblings = siblings
+        self._run = secrets.token_hex(8)
+        self._numbers = count()
+        """With `_run`, the ids of requests that came without one."""
         self._by_name: dict[str, Served] = {}
         self._certificates = Certificates(config.tls) if config.tls is not None else None
         self._security = upstream_security(config.upstream_tls)
@@ -181,11 +186,11 @@ class Router:
         """
         return "draining" if self.draining else None
 
-    def authorize(self, authorization: str | None, api_key: str | None) -> Principal:
-        """Whose request it is. Raises HttpError 401."""
+    def authorize(self, header: Callable[[str], str | None]) -> Principal:
+        """Whose request it is, by its headers. Raises HttpError 401."""
         if self._keys is None:
             return ANYBODY
-        return self._keys.identify(authorization, api_key)
+        return self._keys.identify(header("authorization"), header("x-api-key"))
 
     def resolve(self, name: str | None, principal: Principal) -> Served:
         """The model asked for; the first where none was named. Raises HttpError 404, 403."""
@@ -243,6 +248,7 @@ class Router:
             ask=ask,
             began=now,
             streamed=streamed,
+            request_id=f"{self._run}{next(self._numbers):08x}",
         )
         if self._keys is not None:
             self._keys.admit(principal, ask.tokens, now)

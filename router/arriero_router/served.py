@@ -58,14 +58,15 @@ class Served:
         self.security = security
         self.open = 0
         """Requests that are not over, held ones among them."""
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._last_left: asyncio.Event | None = None
+        """Set when it is retired and nothing is open any more."""
         clock = time.monotonic
         tuning = model.prefix
         self.index = PrefixIndex(tuning.max_marks, tuning.max_expected, tuning.expected_seconds)
         self._pools: dict[str, UpstreamPool] = {}
         self._leaving: list[UpstreamPool] = []
         """Of replicas that are gone, while something runs on them."""
+        self._upstreams: dict[Replica, UpstreamPool] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self.pool = Pool(self._pool_settings(model, config), clock, self._room, self._gone)
@@ -133,7 +134,9 @@ class Served:
         """It takes no new request; close it when those it has are over, or after so many seconds."""
         try:
             async with asyncio.timeout(seconds):
-                await self._idle.wait()
+                self._last_left = asyncio.Event()
+                if self.open:
+                    await self._last_left.wait()
         except TimeoutError:
             log.warning("model %s: %d requests are cut off", self.name, self.open)
         finally:
@@ -142,13 +145,12 @@ class Served:
     def entered(self) -> None:
         """A request came for it."""
         self.open += 1
-        self._idle.clear()
 
     def left(self) -> None:
         """The request is over."""
         self.open -= 1
-        if not self.open:
-            self._idle.set()
+        if not self.open and self._last_left is not None:
+            self._last_left.set()
 
     async def close(self) -> None:
         """Let go of replicas; requests under way are cut off."""
@@ -169,6 +171,9 @@ class Served:
 
     def upstreams(self, replica: Replica) -> UpstreamPool:
         """The HTTP connections to a replica."""
+        known = self._upstreams.get(replica)
+        if known is not None:
+            return known
         endpoint = replica.endpoint
         key = address(endpoint.host, endpoint.http_port)
         pool = self._pools.get(key)
@@ -180,6 +185,8 @@ class Served:
                 tls=self.security.http,
                 server_name=self.security.server_name or None,
             )
+        if self.pool.get(replica.name) is replica:
+            self._upstreams[replica] = pool
         return pool
 
     def channel(self, replica: Replica) -> grpc.aio.Channel:
@@ -229,6 +236,7 @@ class Served:
         self.policy.gone(replica)
         self.index.forget(replica.slot)
         endpoint = replica.endpoint
+        self._upstreams.pop(replica, None)
         pool = self._pools.pop(address(endpoint.host, endpoint.http_port), None)
         if pool is not None:
             pool.close()

@@ -174,8 +174,6 @@ class Pool:
         replica.pending -= size
         assert replica.in_flight >= 0
         assert replica.pending >= 0
-        if self.settings.max_in_flight:
-            self._on_change()
 
     def shun(self, replica: Replica) -> None:
         """It broke off, or did not take a request."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-
 import msgspec
 
 from arriero_faces.http.errors import HttpError
@@ -121,7 +119,8 @@ class Forward:
         named -= _COMMON_OPTIONS
         if named:
             lines[1:] = [line for line in lines[1:] if line.partition(b":")[0] not in named]
-        self._record.request_id = request_id or secrets.token_hex(12)
+        if request_id:
+            self._record.request_id = request_id
         lines.append(b"x-request-id: %b\r\n" % self._record.request_id.encode("latin-1"))
         if self._record.streamed:
             lines.append(b"x-arriero-resume: 1\r\n")

@@ -115,7 +115,7 @@ class GrpcFace:
         async def call() -> str:
             request = _parsed(pb.GenerateRequest, data)
             router, metadata = self._router, _metadata(context)
-            principal = router.authorize(metadata.get("authorization"), metadata.get("x-api-key"))
+            principal = router.authorize(metadata.get)
             served = router.resolve(request.model, principal)
             sampling = request.sampling
             limit = sampling.max_tokens if sampling.HasField("max_tokens") else router.answer_tokens
@@ -166,7 +166,7 @@ class GrpcFace:
             nonlocal result
             request = _parsed(kind, data)
             router, metadata = self._router, _metadata(context)
-            principal = router.authorize(metadata.get("authorization"), metadata.get("x-api-key"))
+            principal = router.authorize(metadata.get)
             served = router.resolve(request.model, principal)
             record = router.open(
                 face="grpc",

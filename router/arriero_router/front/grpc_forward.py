@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -67,7 +66,7 @@ class GrpcForward:
             for name, value in metadata.items()
             if name not in _NOT_FORWARDED and not name.startswith((HEADER, "grpc-"))
         ]
-        record.request_id = metadata.get("x-request-id") or secrets.token_hex(12)
+        record.request_id = metadata.get("x-request-id") or record.request_id
         self._metadata += [(HEADER, "1"), ("x-request-id", record.request_id)]
         self._tokens: list[list[int]] = []
         self._received = 0
@@ -192,7 +191,7 @@ async def unary_attempt(
     """A call with one answer. Raises HttpError."""
     result = b""
     last: GrpcError | None = None
-    record.request_id = metadata.get("x-request-id") or secrets.token_hex(12)
+    record.request_id = metadata.get("x-request-id") or record.request_id
     passed = [
         (name, value) for name, value in metadata.items() if name not in _NOT_FORWARDED and not name.startswith("grpc-")
     ]

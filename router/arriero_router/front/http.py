@@ -36,6 +36,7 @@ class HttpFace:
             "/v1/completions": {"POST": self._completions},
             "/tokenize": {"POST": self._tokenize},
             "/v1/models": {"GET": self._models},
+            "/health": {"GET": self._ready},
             "/health/live": {"GET": self._live},
             "/health/ready": {"GET": self._ready},
             "/metrics": {"GET": self._metrics},
@@ -44,7 +45,7 @@ class HttpFace:
     async def __call__(self, exchange: Exchange) -> None:
         model, status = "", 499
         try:
-            model = await self._dispatch(exchange)
+            model = await self._route(exchange)
             status = exchange.status
         except HttpError as error:
             status = error.status
@@ -61,7 +62,8 @@ class HttpFace:
         """A request that was refused below this: for the count."""
         self._router.metrics.request("http", "", error.status)
 
-    async def _dispatch(self, exchange: Exchange) -> str:
+    def _route(self, exchange: Exchange) -> Awaitable[str]:
+        """Raises HttpError where nothing answers."""
         methods = self._routes.get(exchange.path)
         if methods is None and exchange.path.startswith(_MODEL):
             methods = {"GET": self._model}
@@ -69,23 +71,22 @@ class HttpFace:
             raise HttpError(404, f"there is nothing at {exchange.path[:200]}", code="unknown_url")
         handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
         if handler is not None:
-            return await handler(exchange)
+            return handler(exchange)
         allowed = ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"])
         if exchange.method == "OPTIONS":
-            exchange.respond(204, b"", headers=(("allow", allowed),))
-            return ""
+            return self._options(exchange, allowed)
         raise HttpError(405, f"{exchange.method} is not for {exchange.path[:200]}", headers=(("allow", allowed),))
 
     # -- what replicas answer
 
-    async def _chat(self, exchange: Exchange) -> str:
-        return await self._forward(exchange, RoutedFields.chat)
+    def _chat(self, exchange: Exchange) -> Awaitable[str]:
+        return self._forward(exchange, RoutedFields.chat)
 
-    async def _completions(self, exchange: Exchange) -> str:
-        return await self._forward(exchange, RoutedFields.text)
+    def _completions(self, exchange: Exchange) -> Awaitable[str]:
+        return self._forward(exchange, RoutedFields.text)
 
-    async def _tokenize(self, exchange: Exchange) -> str:
-        return await self._forward(exchange, lambda fields: NOTHING, generates=False)
+    def _tokenize(self, exchange: Exchange) -> Awaitable[str]:
+        return self._forward(exchange, lambda fields: NOTHING, generates=False)
 
     async def _forward(self, exchange: Exchange, mark: Callable[[RoutedFields], Marked], generates: bool = True) -> str:
         router = self._router
@@ -124,9 +125,13 @@ class HttpFace:
         return served.name
 
     def _principal(self, exchange: Exchange) -> Principal:
-        return self._router.authorize(exchange.header(b"authorization"), exchange.header(b"x-api-key"))
+        return self._router.authorize(lambda name: exchange.header(name.encode()))
 
     # -- what the router answers itself
+
+    async def _options(self, exchange: Exchange, allowed: str) -> str:
+        exchange.respond(204, b"", headers=(("allow", allowed),))
+        return ""
 
     async def _models(self, exchange: Exchange) -> str:
         principal = self._principal(exchange)

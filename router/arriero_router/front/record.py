@@ -30,7 +30,8 @@ class Record:
     streamed: bool
     journey: Journey = field(init=False)
     trace: RequestTrace | None = None
-    request_id: str = ""
+    request_id: str
+    """The client's, or one of the router's."""
     status: int | str = 499
     error: str = ""
     first: float = 0.0

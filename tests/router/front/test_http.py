@@ -265,6 +265,7 @@ def test_health(loop: Loop) -> None:
         assert ask(router.port, "/health/live").json() == {"status": "live"}
         ready = ask(router.port, "/health/ready")
         assert (ready.status, ready.json()["ready_replicas"]) == (200, {MODEL: 2})
+        assert ask(router.port, "/health").json() == ready.json(), "the name that other routers ask by"
         router.loop.call(lambda: setattr(router.router, "draining", True))
         draining = ask(router.port, "/health/ready")
         assert (draining.status, error(draining)["code"]) == (503, "not_ready")

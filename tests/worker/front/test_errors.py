@@ -301,4 +301,5 @@ def test_a_group_that_forms_again_takes_requests(replica: Replica) -> None:
     replica.call(lambda: replica.engine.set_phase("Joining"))
     replica.wait_for(lambda: replica.front.service.unready is not None)
     assert replica.request("GET", "/health/ready").status == 503
+    assert replica.request("GET", "/health").status == 503
     assert replica.post(TEXT, {"prompt": "a"}).status == 200, "clients see a pause, not an error"

@@ -30,6 +30,7 @@ class HttpApi:
             "/v1/completions": {"POST": lambda exchange: completions(service, exchange)},
             "/v1/models": {"GET": self._models},
             "/tokenize": {"POST": lambda exchange: tokenize(service, exchange)},
+            "/health": {"GET": self._ready},
             "/health/live": {"GET": self._live},
             "/health/ready": {"GET": self._ready},
             "/metrics": {"GET": self._metrics},
