@@ -114,6 +114,11 @@ class Pod:
         return (self.raw.get("metadata") or {}).get("labels") or {}
 
     @property
+    def pinned_at(self) -> float:
+        """When its gate was lifted."""
+        return seconds_of(self.annotations.get(names.PINNED_AT)) or self.created
+
+    @property
     def phase(self) -> str:
         return str((self.raw.get("status") or {}).get("phase") or "Pending")
 

@@ -1,8 +1,8 @@
 """Gang placement: all pods of a group get nodes at once, or none does. Pure.
 
 Groups are placed in one total order, oldest deployment first, each against what those before it left. What a group
-holds is written on its pods (bound, or pinned with the gate lifted), so every pass starts from the cluster alone, and two
-groups cannot each hold half of what the other needs: who cannot be completed gives back what it holds.
+holds is written on its pods (bound, or pinned with the gate lifted), so every pass starts from the cluster alone. Who
+cannot be completed gives back what it holds, so no two groups keep half of what the other needs.
 """
 
 from __future__ import annotations

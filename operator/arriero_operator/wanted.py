@@ -33,6 +33,14 @@ class Wanted:
     def name(self) -> str:
         return self.deployment.metadata.name
 
+    @property
+    def replicas(self) -> int:
+        """Groups wanted; while there is autoscaling, within its bounds."""
+        spec = self.deployment.spec
+        if spec.autoscaling is None:
+            return spec.replicas
+        return min(max(spec.replicas, spec.autoscaling.min_replicas), spec.autoscaling.max_replicas)
+
     def child(
         self,
         api_version: str,

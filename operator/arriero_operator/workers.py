@@ -128,13 +128,11 @@ def stateful_set(
     *,
     gated: bool,
     domain: tuple[str, str] | None = None,
-    draining: str = "",
 ) -> dict[str, Any]:
     """The group's pods.
 
     gated: whether pods are born with the scheduling gate: until the group has been placed as a whole.
     domain: label and value of the nodes that a lost pod's successor belongs on, once the group has its place.
-    draining: since when the group is being drained, if it is.
     """
     group = names.group_name(wanted.name, replica)
     rendered = wanted.child(
@@ -153,7 +151,7 @@ def stateful_set(
             "template": _template(wanted, group, revision, gated=gated, domain=domain),
         },
     )
-    return sealed(rendered, **{names.DRAINING: draining}) if draining else rendered
+    return sealed(rendered, **{names.DOMAIN: "=".join(domain)}) if domain else rendered
 
 
 def _template(

@@ -1,0 +1,140 @@
+"""How one group is, for people: its phase, what is wrong with it, its ranks. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from arriero_operator.groups import Group
+from arriero_operator.observe import Object, Pod, RankReport, condition
+from arriero_operator.resource_status import GroupPhase, RankStatus
+
+_STEP = 20  # parts in which the progress of loading is told: each is a write
+_ETAS = (5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 300, 450, 600, 900, 1200, 1800, 2700, 3600)
+_WAITS = (
+    "ImagePullBackOff",
+    "ErrImagePull",
+    "InvalidImageName",
+    "ErrImageNeverPull",
+    "CrashLoopBackOff",
+    "CreateContainerConfigError",
+    "CreateContainerError",
+    "RunContainerError",
+)
+_UNUSABLE = 3  # arriero_faces.process.EXIT_UNUSABLE: the worker can never run as it was launched
+
+
+def phase_of(group: Group, problem: str) -> GroupPhase:
+    """The engine's own phase where it speaks; else what the pods tell."""
+    if group.deleting:
+        return "Leaving"
+    if group.draining_since is not None:
+        return "Draining"
+    report = group.report
+    if report is not None and report.phase == "Failed":
+        return "Failed"
+    if group.ready:
+        return "Serving"
+    if any(pod.gated for pod in group.pods) or (group.gated and not group.pods):
+        return "Waiting"
+    if report is not None and report.epoch > 0:
+        return "Recovering"
+    if problem and not group.lost:
+        return "Failed"
+    match report.phase if report is not None else "":
+        case "Loading":
+            return "Loading"
+        case "Warming":
+            return "Warming"
+        case "Joining" | "Serving":  # of one that serves, the pods' readiness follows in a moment
+            return "Joining"
+    return "Starting"
+
+
+def problem_of(group: Group) -> str:
+    """What keeps the group from serving, if it is more than time; empty where nothing is wrong."""
+    if group.lost:
+        nodes = sorted({pod.node for pod in group.pods if pod.name in group.lost})
+        return f"node {' and '.join(nodes)} is lost with {_pods(len(group.lost))} of it"
+    report = group.report
+    if report is not None:
+        for rank in report.ranks:
+            if rank.phase == "Failed":
+                return f"rank {rank.rank}: {rank.reason or 'failed without a reason'}"
+        if report.phase == "Failed":
+            return report.reason or "failed without a reason"
+    return next((said for pod in group.pods for said in _pod_problems(pod)), "")
+
+
+def _pod_problems(pod: Pod) -> Iterator[str]:
+    status = pod.raw.get("status") or {}
+    for entry in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
+        waiting = (entry.get("state") or {}).get("waiting") or {}
+        ended = _ended(entry)
+        words = str(ended.get("message") or "").strip()
+        if ended.get("exitCode") == _UNUSABLE:
+            yield f"pod {pod.name}: the model cannot be run: {words or 'see its log'}"
+        elif waiting.get("reason") in _WAITS:
+            said = words or waiting.get("message") or ""
+            yield f"pod {pod.name}: {entry.get('name')}: {waiting['reason']}{f': {said}' if said else ''}"
+    if not pod.gated and not pod.node:
+        scheduled = condition(pod.raw, "PodScheduled")
+        if scheduled.get("reason") == "Unschedulable":
+            yield f"pod {pod.name} finds no node: {scheduled.get('message') or 'no more is said'}"
+
+
+def _ended(entry: Mapping[str, Any]) -> Object:
+    """How the container ended last, if it does not run."""
+    state = entry.get("state") or {}
+    if state.get("running"):
+        return {}
+    return state.get("terminated") or (entry.get("lastState") or {}).get("terminated") or {}
+
+
+def progress_of(group: Group) -> str:
+    """As "34% of 131.2 GiB, about 45 s left", while weights are being read; else empty."""
+    ranks = group.report.ranks if group.report else ()
+    total, loaded = sum(rank.bytes_total for rank in ranks), sum(_stepped(rank) for rank in ranks)
+    if not total or not any(rank.phase == "Loading" for rank in ranks):
+        return ""
+    etas = [eta for rank in ranks if (eta := eta_of(rank)) is not None]
+    left = f", about {max(etas)} s left" if etas else ""
+    return f"{100 * loaded // total}% of {total / 2**30:.1f} GiB{left}"
+
+
+def ranks_of(group: Group) -> list[RankStatus]:
+    """What each rank says, quantised such that progress is told in few writes."""
+    nodes = {pod.index: pod for pod in group.pods}
+    if group.report is None:
+        return []
+    return [
+        RankStatus(
+            rank=rank.rank,
+            pod=f"{group.name}-{rank.pod}",
+            node=(nodes[rank.pod].node or None) if rank.pod in nodes else None,
+            phase=rank.phase,  # type: ignore[arg-type]
+            epoch=rank.epoch,
+            bytes_loaded=_stepped(rank) if rank.phase == "Loading" else None,
+            bytes_total=rank.bytes_total if rank.phase == "Loading" else None,
+            eta_seconds=eta_of(rank),
+            reason=rank.reason[:4096] or None,
+        )
+        for rank in group.report.ranks
+    ]
+
+
+def eta_of(rank: RankReport) -> int | None:
+    """Seconds until the rank's weights are there, at the speed so far, rounded up generously; None where unknown."""
+    if rank.phase != "Loading" or not rank.bytes_loaded or not rank.phase_seconds or not rank.bytes_total:
+        return None
+    seconds = (rank.bytes_total - rank.bytes_loaded) * rank.phase_seconds / rank.bytes_loaded
+    return next((eta for eta in _ETAS if seconds <= eta), _ETAS[-1])
+
+
+def _stepped(rank: RankReport) -> int:
+    step = max(1, rank.bytes_total // _STEP)
+    return min(rank.bytes_loaded // step * step, rank.bytes_total) if rank.phase == "Loading" else rank.bytes_total
+
+
+def _pods(count: int) -> str:
+    return f"{count} pod{'' if count == 1 else 's'}"

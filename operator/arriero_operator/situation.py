@@ -1,0 +1,40 @@
+"""What one pass has found out about a deployment, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from arriero_operator.accept import Accepted
+from arriero_operator.groups import Group
+from arriero_operator.observe import Observed
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What the status is made of."""
+
+    observed: Observed
+    accepted: Accepted
+    groups: tuple[Group, ...]
+    revision: str
+    """What new groups are made with; empty: there is no plan."""
+    missing: Mapping[str, str]
+    """What groups without a place lack, by group."""
+    taken: tuple[str, ...]
+    """Objects that cannot be made, because somebody else's have their names."""
+
+    @property
+    def replicas(self) -> int:
+        """Groups wanted."""
+        return self.accepted.wanted.replicas if self.accepted.wanted else 0
+
+    @property
+    def stable(self) -> bool:
+        """There is what is wanted, and nothing else."""
+        live = [group for group in self.groups if group.live]
+        return (
+            len(live) == len(self.groups) == self.replicas
+            and all(group.revision == self.revision for group in live)
+            and not self.taken
+        )
