@@ -172,7 +172,7 @@ def _pack(gang: Gang, domain: Sequence[Node], free: Mapping[str, Resources]) -> 
     rest = [pod.name for pod in gang.gated]
     while rest:
         whole = [entry for entry in rooms if entry[0] >= len(rest)]
-        count, node = whole[-1] if whole else rooms[0]
+        count, node = min(whole, key=lambda entry: (entry[0], entry[1].name)) if whole else rooms[0]
         rooms.remove((count, node))
         pins.update(dict.fromkeys(rest[:count], node))
         rest = rest[count:]

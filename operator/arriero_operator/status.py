@@ -18,6 +18,8 @@ from arriero_plan.plan import Plan
 
 _LIMIT = 4096
 _EVENT_LIMIT = 1000
+_TOLD = ("Serving", "Recovering", "Draining", "Failed")
+"""Turns of one group that are worth an Event; the others show in that of the deployment."""
 _WARNINGS = ("Invalid", "Degraded")
 
 
@@ -138,7 +140,7 @@ def _events(situation: Situation, old: Object, new: Mapping[str, Any]) -> Iterat
     before = {entry.get("name"): entry for entry in old.get("groups") or []}
     for group in new["groups"]:
         was = before.get(group["name"]) or {}
-        if was.get("phase") != group["phase"]:
+        if was.get("phase") != group["phase"] and group["phase"] in _TOLD:
             yield _event(situation, group["name"], was, "since", group["phase"], group.get("message") or "")
 
 
