@@ -104,21 +104,21 @@ def place(
     domain in which it comes closest to fitting, so a large group is not starved by small ones.
     """
     free = {node.name: dict(node.free) for node in nodes}
-    reserved: set[str] = set()
+    kept: dict[str, str] = {}
     verdicts: dict[tuple[str, str], Verdict] = {}
     for gang in waiting:
-        usable = [node for node in nodes if node.name not in reserved and admits(node, gang.gated[0])]
-        verdict, closest = _place_one(gang, usable, free, nodes)
+        usable = [node for node in nodes if node.name not in kept and admits(node, gang.gated[0])]
+        verdict, closest = _place_one(gang, usable, free, nodes, kept)
         verdicts[gang.key] = verdict
         for node in verdict.pins.values():
             add(free[node.name], {resource: -amount for resource, amount in gang.requests.items()})
         if not verdict.pins and now - gang.waiting_since >= patience:
-            reserved.update(node.name for node in closest)
+            kept.update(dict.fromkeys((node.name for node in closest), gang.name))
     return verdicts
 
 
 def _place_one(
-    gang: Gang, usable: list[Node], free: Mapping[str, Resources], nodes: Sequence[Node]
+    gang: Gang, usable: list[Node], free: Mapping[str, Resources], nodes: Sequence[Node], kept: Mapping[str, str]
 ) -> tuple[Verdict, list[Node]]:
     """The verdict, and the nodes that come closest to holding the group where it does not fit."""
     needed = len(gang.gated)
@@ -135,7 +135,7 @@ def _place_one(
     best, closest = max(counted, key=lambda entry: entry[0], default=(0, []))
     if not gang.required:
         best, closest = sum(count for count, _ in counted), list(usable)
-    return Verdict({}, shortage(gang, best, usable, nodes, free), gang.held), closest
+    return Verdict({}, shortage(gang, best, usable, nodes, free, kept), gang.held), closest
 
 
 def _domains(gang: Gang, usable: list[Node], nodes: Sequence[Node]) -> list[list[Node]]:

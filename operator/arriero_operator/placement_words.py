@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from arriero_operator import names
 from arriero_operator.observe import Node
 from arriero_operator.quantity import GIB, Resources, room
 from arriero_operator.scheduling import refusal
@@ -17,22 +18,32 @@ if TYPE_CHECKING:
 _COMMON = ("cpu", "memory", "pods", "ephemeral-storage")
 
 
-def shortage(gang: Gang, has: int, usable: Sequence[Node], nodes: Sequence[Node], free: Mapping[str, Resources]) -> str:
+def shortage(
+    gang: Gang,
+    has: int,
+    usable: Sequence[Node],
+    nodes: Sequence[Node],
+    free: Mapping[str, Resources],
+    kept: Mapping[str, str],
+) -> str:
     """As "needs 2 nodes with 8 free nvidia.com/gpu in one rack, has 1; not counted: 3 tainted nvidia.com/gpu".
 
-    has: pods that the best domain holds now. usable: nodes that admit the pods.
+    has: pods that the best domain holds now. usable: nodes that admit the pods. kept: nodes left to
+    a group that has waited long, and its name.
     """
     resource = _scarcest(gang, usable, free)
     amount = _amount(resource, gang.requests[resource])
     where = _domain_words(gang) if gang.required else ""
+    count = len(gang.gated)
     # Where one node may hold several of the pods, counting nodes would mislead.
     widest = max((room(free[node.name], gang.requests) for node in usable), default=0)
-    whole = resource not in _COMMON and gang.requests[resource] > 1
-    if widest <= 1 and whole:
-        needs = f"needs {_count(len(gang.gated), 'node')} with {amount}{where}, has {has}"
+    apart = widest <= 1 and resource not in _COMMON and gang.requests[resource] > 1
+    if count == 1 or (apart and gang.topology_key != names.HOSTNAME):
+        needs = f"needs {_count(count, 'node')} with {amount}{where}, has {has}"
     else:
-        needs = f"needs room for {_count(len(gang.gated), 'pod')} with {amount} each{where}, has room for {has}"
-    refused = Counter(reason for node in nodes if (reason := refusal(node, gang.gated[0])) is not None)
+        needs = f"needs room for {count} pods with {amount} each{where}, has room for {has}"
+    reasons = ((refusal(node, gang.gated[0]), kept.get(node.name)) for node in nodes)
+    refused = Counter(reason or f"kept for {group}" for reason, group in reasons if reason or group)
     if gang.required and (bare := sum(gang.topology_key not in node.labels for node in usable)):
         refused[f"without the label {gang.topology_key}"] += bare
     if refused:
@@ -56,7 +67,7 @@ def _scarcest(gang: Gang, usable: Sequence[Node], free: Mapping[str, Resources])
 
 def _domain_words(gang: Gang) -> str:
     """As ` in one rack` for topology.kubernetes.io/rack."""
-    if gang.topology_key == "kubernetes.io/hostname":
+    if gang.topology_key == names.HOSTNAME:
         return " on one node"
     return f" in one {gang.topology_key.rpartition('/')[2]}"
 
