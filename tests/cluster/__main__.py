@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 from tests.cluster import slots, sweep
@@ -27,13 +28,17 @@ def up(arguments: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "tests.cluster", "own", f"--nodes={arguments.nodes}", f"--gpus={arguments.gpus}"]
     command += ["--kwok"] if arguments.kwok else []
     began = time.monotonic()
-    owner = subprocess.Popen(
-        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
-    )
-    assert owner.stdout is not None
-    line = owner.stdout.readline().decode().strip()
-    if not line:
-        return owner.wait() or 1
+    # The owner outlives us: with our own stderr, whoever reads that would wait for its end.
+    with tempfile.TemporaryFile() as errors:
+        owner = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+        )
+        assert owner.stdout is not None
+        line = owner.stdout.readline().decode().strip()
+        if not line:
+            owner.wait()
+            errors.seek(0)
+            raise ClusterError(errors.read().decode().strip().removeprefix("cluster: "))
     print(f"cluster ready in {time.monotonic() - began:.1f} s; `make cluster-down` ends it", file=sys.stderr)
     print(f"export KUBECONFIG={line}")
     return 0
@@ -50,7 +55,6 @@ def own(arguments: argparse.Namespace) -> int:
             cluster.start_kwok()
         (cluster.layout.home / OWNER).write_text(str(os.getpid()))
         print(cluster.kubeconfig, flush=True)
-        os.close(sys.stdout.fileno())
         while not ended:
             time.sleep(0.2)
     finally:

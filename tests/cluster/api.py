@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import ssl
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import httpx
-from tests.cluster.processes import ClusterError
+from tests.cluster.processes import ClusterError, without_proxies
 
 MERGE_PATCH = "application/merge-patch+json"
 JSON_PATCH = "application/json-patch+json"
@@ -90,9 +89,8 @@ class Kubectl:
         """What kubectl printed. `stdin`: text, or objects to be written as JSON. Raises ClusterError."""
         text = stdin if stdin is None or isinstance(stdin, str) else json.dumps(stdin)
         command = [str(self.program), f"--kubeconfig={self.kubeconfig}", f"--namespace={self.namespace}", *arguments]
-        environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
         answer = subprocess.run(
-            command, input=text, capture_output=True, text=True, check=False, timeout=timeout, env=environment
+            command, input=text, capture_output=True, text=True, check=False, timeout=timeout, env=without_proxies()
         )
         if check and answer.returncode != 0:
             raise ClusterError(f"kubectl {' '.join(arguments)}: {answer.stderr.strip() or answer.stdout.strip()}")

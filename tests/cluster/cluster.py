@@ -35,6 +35,7 @@ class Cluster:
         self.nodes = tuple(Node(layout, node, self._credentials, machine.program) for node in layout.nodes)
         self.dns: Program | None = None
         self.kwok: Program | None = None
+        self.started_in = 0.0  # seconds, from the first program to the last node Ready
         self._gpus: dict[str, int] = {}
         self._reaper = subprocess.Popen(
             [sys.executable, "-m", "tests.cluster", "reap", str(layout.slot)],
@@ -166,8 +167,10 @@ def start_cluster(node_count: int = 2, *, gpus: int = 8) -> Cluster:
     layout = Layout(slot.number, node_count, slots.base_folder())
     layout.home.mkdir(mode=0o755)
     cluster = Cluster(slot, layout)
+    began = time.monotonic()
     try:
         cluster._start(gpus)
+        cluster.started_in = time.monotonic() - began
     except BaseException:
         keep_logs(layout, "start")
         cluster.close()

@@ -1,7 +1,7 @@
 """The cluster as a fixture: one for the session, a namespace per test, and the traces of a failed test kept.
 
-Only with --cluster: starting one takes a minute and its programs are built first (python tools/cluster/build.py).
-With KUBECONFIG set, tests run on that cluster, and those that need nodes of our own are skipped.
+Only with --cluster: its programs must have been built (python tools/cluster/build.py), which takes minutes. With
+KUBECONFIG set, tests run on that cluster, and those that need one of our own are skipped.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import re
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from tests.cluster import machine
 from tests.cluster.cluster import Cluster, keep_logs, start_cluster
 from tests.cluster.existing import ExistingCluster
-from tests.cluster.node import Node
 from tests.cluster.processes import wait_until
 from tests.cluster.traces import traces_of
 
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
-def unavailable(reason: str) -> None:
+def unavailable(reason: str) -> NoReturn:
     """Skip the test; in CI, where nobody reads skips, fail it."""
     if os.environ.get("CI") == "true":
         pytest.fail(f"CI must run the cluster's tests: {reason}", pytrace=False)
@@ -42,7 +42,9 @@ def unavailable(reason: str) -> None:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster | ExistingCluster]:
-    """Two real nodes with eight counted GPUs each, or the cluster of KUBECONFIG."""
+    """An API server: of two real nodes with eight counted GPUs each; of a control plane alone, where nobody is root or
+    this is not Linux; or the one that KUBECONFIG names.
+    """
     if kubeconfig := os.environ.get("KUBECONFIG"):
         if lack := machine.not_built("kubectl"):
             unavailable(lack)
@@ -50,21 +52,27 @@ def cluster() -> Iterator[Cluster | ExistingCluster]:
         yield existing
         existing.close()
         return
-    if lack := machine.why_no_nodes():
+    if lack := machine.why_no_control_plane():
         unavailable(lack)
-    began = time.monotonic()
-    own = start_cluster()
-    print(f"cluster ready in {time.monotonic() - began:.1f} s")
+    own = start_cluster(0 if machine.why_no_nodes() else 2)
     yield own
     own.close()
 
 
 @pytest.fixture(scope="session")
 def own_cluster(cluster: Cluster | ExistingCluster) -> Cluster:
-    """The cluster, for tests that cut nodes off and kill its programs."""
+    """The cluster, for tests that change what only the owner of a cluster may, or do it harm."""
     if not isinstance(cluster, Cluster):
-        pytest.skip("this test does harm that only a cluster of our own may suffer, and KUBECONFIG names another")
+        unavailable("KUBECONFIG names a cluster that is not ours to harm")
     return cluster
+
+
+@pytest.fixture(scope="session")
+def node_cluster(own_cluster: Cluster) -> Cluster:
+    """The cluster, for tests that need real nodes."""
+    if not own_cluster.nodes:
+        unavailable(machine.why_no_nodes() or "the cluster was started without nodes")
+    return own_cluster
 
 
 @pytest.fixture
@@ -78,11 +86,6 @@ def unharmed(own_cluster: Cluster) -> Iterator[Cluster]:
             program.start()
     own_cluster.wait_for_api()
     own_cluster.wait_for_nodes()
-
-
-@pytest.fixture
-def nodes(own_cluster: Cluster) -> tuple[Node, ...]:
-    return own_cluster.nodes
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ Several clusters can live on one machine, each in a slot of its own; every addre
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,8 +68,8 @@ class Layout:
 
     @property
     def local(self) -> str:
-        """Where what only the host may reach listens."""
-        return f"127.50.{self.slot}.1"
+        """Where what only the host may reach listens. Linux answers at all of 127/8, others at its first address."""
+        return f"127.50.{self.slot}.1" if sys.platform == "linux" else "127.0.0.1"
 
     @property
     def address(self) -> str:

@@ -18,6 +18,11 @@ class ClusterError(Exception):
     """The cluster cannot do what was asked, in one sentence and the last lines of a log."""
 
 
+def without_proxies() -> dict[str, str]:
+    """This process's environment without the proxies: they are for the world outside, which clusters do not use."""
+    return {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+
+
 def guard() -> list[str]:
     """What ties a program to this process. The shell ends by itself where this process died before it was tied."""
     if platform.system() != "Linux" or shutil.which("setpriv") is None:
@@ -50,7 +55,7 @@ class Program:
                 stdout=log,
                 stderr=log,
                 cwd=self.home,
-                env={**os.environ, MARK: str(self.home), "TMPDIR": str(self.home / "tmp")},
+                env={**without_proxies(), MARK: str(self.home), "TMPDIR": str(self.home / "tmp")},
                 start_new_session=True,  # Ctrl-C is for the test, which then ends the cluster in order
             )
 

@@ -57,8 +57,11 @@ def acquire(number: int, *, wait: bool = False) -> Slot | None:
             file.close()
             return None
         # Whoever held it may have removed the file: then it is nobody's lock any more.
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return Slot(number, file)
+        try:
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return Slot(number, file)
+        except FileNotFoundError:
+            pass
         file.close()
 
 

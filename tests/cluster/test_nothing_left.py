@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.cluster import slots, sweep
+from tests.cluster import kwok, slots, sweep
 from tests.cluster.api import Kubectl
-from tests.cluster.cluster import ROOT, THIN_IMAGE, Cluster
+from tests.cluster.cluster import ROOT, THIN_IMAGE, Cluster, start_cluster
 from tests.cluster.images import thin_pod_spec
 from tests.cluster.layout import Layout
 from tests.cluster.machine import program
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture
-def owner(own_cluster: Cluster) -> Iterator[tuple[subprocess.Popen[bytes], Layout]]:
+def owner(node_cluster: Cluster) -> Iterator[tuple[subprocess.Popen[bytes], Layout]]:
     """Another cluster of one node, in a process of its own, beside the session's."""
     command = [sys.executable, "-m", "tests.cluster", "own", "--nodes=1"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
@@ -31,7 +31,7 @@ def owner(own_cluster: Cluster) -> Iterator[tuple[subprocess.Popen[bytes], Layou
     kubeconfig = Path(process.stdout.readline().decode().strip())
     assert kubeconfig.name == "kubeconfig"
     layout = Layout(int(kubeconfig.parent.name), 1, slots.base_folder())
-    assert layout.slot != own_cluster.layout.slot
+    assert layout.slot != node_cluster.layout.slot
     yield process, layout
     process.kill()
     process.wait()
@@ -62,3 +62,16 @@ def test_nothing_is_left(owner: tuple[subprocess.Popen[bytes], Layout], ending: 
     process.wait(60)
     wait_until(lambda: not sweep.leftovers(layout), "end of everything that the cluster made", 60.0)
     wait_until(lambda: not layout.lock.exists(), "end of the lock")
+
+
+def test_a_control_plane_alone_simulates_nodes_and_leaves_nothing(own_cluster: Cluster) -> None:
+    """What starts where nobody is root."""
+    alone = start_cluster(0)
+    try:
+        assert alone.layout.slot != own_cluster.layout.slot
+        alone.start_kwok()
+        (name,) = kwok.create_simulated_nodes(alone.api, 1)
+        wait_until(lambda: alone.is_node_ready(name), "Ready simulated node")
+    finally:
+        alone.close()
+    assert sweep.leftovers(alone.layout) == []
