@@ -37,7 +37,8 @@ def phase_of(group: Group, problem: str) -> GroupPhase:
         return "Serving"
     if any(pod.gated for pod in group.pods) or (group.gated and not group.pods):
         return "Waiting"
-    if report is not None and report.epoch > 0:
+    was_whole = not group.gated
+    if (report is not None and report.epoch > 0) or (was_whole and (group.lost or not group.placed)):
         return "Recovering"
     if problem and not group.lost:
         return "Failed"

@@ -53,11 +53,13 @@ class Group:
 
     @property
     def ready(self) -> bool:
-        """It answers requests. A leader's pod is ready while the whole group serves; a lost node cannot say otherwise
-        for a while.
+        """It answers requests. A leader's pod is ready while the whole group serves; the engine itself says sooner when
+        it does not, and a lost node cannot say so for a while.
         """
-        leader = self.leader
-        return self.live and self.complete and leader is not None and leader.ready and not self.lost
+        leader, report = self.leader, self.report
+        if leader is None or not leader.ready or self.lost or not self.live or not self.complete:
+            return False
+        return report is None or report.phase == "Serving"
 
     @property
     def load(self) -> int:

@@ -224,7 +224,9 @@ class FakeCluster:
         applied = copy.deepcopy(rendered)
         if seen is None:
             rendered["metadata"] |= {"uid": self._uid(), "creationTimestamp": timestamp(self.now)}
-            merged = rendered
+            merged = rendered | ({"status": {"phase": "Pending"}} if key[0] == "Pod" else {})
+            self.epochs.pop(key[1], None)
+            self.formed.pop(key[1], None)
         else:
             if seen.get("immutable"):
                 assert seen["data"] == rendered["data"], f"{key} is immutable"
