@@ -1,4 +1,4 @@
-"""The control port of a pod: Status everywhere; on the leader's pod also Join, Run and Drain.
+"""The control port of a pod: Status and health everywhere; on the leader's pod also Join, Run and Drain.
 
 It lives in the pod's supervisor, which has no torch and no model to crash on: the membership outlives any rank, the
 leader's included.
@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
+from grpc_health.v1 import health_pb2_grpc
 
 from arriero.inference.v1 import worker_pb2 as pb
 from arriero.inference.v1 import worker_pb2_grpc
 from arriero_plan.launch import Launch
 from arriero_worker.group import membership
+from arriero_worker.group.health import PodHealth
 from arriero_worker.group.memory import PodMemory
 from arriero_worker.group.ring import Ring, unpack_plan
 from arriero_worker.group.wire import CHANNEL_OPTIONS, to_wire
@@ -52,6 +54,7 @@ class Control(worker_pb2_grpc.WorkerServicer):
             options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)],
         )
         worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(PodHealth(launch, pod, self.status), self._server)
         self._ticker = threading.Thread(target=self._tick, name="membership", daemon=True)
 
     def start(self) -> None:
