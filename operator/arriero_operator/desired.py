@@ -15,11 +15,12 @@ from arriero_operator.accept import Accepted, accept
 from arriero_operator.groups import Group, groups_of
 from arriero_operator.inspector import inspector_pod, stale
 from arriero_operator.observe import Node, Observed, Pod, timestamp
-from arriero_operator.placement import Verdict, gangs, place
+from arriero_operator.placement import Gang, gangs, place
 from arriero_operator.rollout import Steps, Target, next_steps
 from arriero_operator.settings import Settings
 from arriero_operator.situation import Situation
 from arriero_operator.status import events, status_of
+from arriero_operator.verdict import Verdicts
 from arriero_operator.wanted import Wanted
 from arriero_operator.writes import Apply, Delete, Drain, Patch, SetStatus, Write, delete_of, delete_pod, up_to_date
 
@@ -59,8 +60,10 @@ def desired(observed: Observed, settings: Settings) -> Desired:
     if wanted is not None:
         revision = workers.revision_of(wanted)
         steps = next_steps(groups, _target(wanted, revision), observed.now)
-    waiting = gangs([*observed.pods, *observed.others])
-    verdicts = place(observed.nodes, waiting, observed.now, settings.patience_seconds)
+    waiting = _waiting(observed)
+    verdicts = observed.verdicts
+    if verdicts is None:
+        verdicts = place(observed.nodes, waiting, observed.now, settings.patience_seconds)
     objects = _objects(wanted, groups, steps, revision, observed) if wanted is not None else []
     taken = [f"{o['kind']} {o['metadata']['name']}" for o in objects if _is_anothers(observed, o)]
     situation = Situation(
@@ -86,6 +89,15 @@ def desired(observed: Observed, settings: Settings) -> Desired:
     if status != (observed.resource.get("status") or {}):
         writes.append(SetStatus(status))
     return Desired(tuple(writes), tuple(_drains(groups, steps, accepted)), _again(observed, steps, waiting, settings))
+
+
+def _waiting(observed: Observed) -> list[Gang]:
+    """The groups whose placement matters here: this deployment's, and those before them."""
+    if not any(pod.gated for pod in observed.pods):
+        return []
+    found = gangs([*observed.pods, *observed.others])
+    mine = [position for position, gang in enumerate(found) if gang.is_of(observed.namespace, observed.name)]
+    return found[: max(mine, default=-1) + 1]
 
 
 def _target(wanted: Wanted, revision: str) -> Target:
@@ -180,7 +192,7 @@ def _fences(observed: Observed, groups: Sequence[Group]) -> list[Write]:
     return list(found)
 
 
-def _recalls(observed: Observed, verdicts: dict[tuple[str, str], Verdict], settings: Settings) -> list[Write]:
+def _recalls(observed: Observed, verdicts: Verdicts, settings: Settings) -> list[Write]:
     """Pods that are to be made anew, gated: those that were pinned but found their place taken, and those that hold
     room which the rest of their group cannot complete. Their group has never run.
     """
@@ -201,7 +213,7 @@ def _stranded(pod: Pod, now: float, settings: Settings) -> bool:
     return unbound and now - pod.pinned_at >= settings.bind_seconds
 
 
-def _pins(observed: Observed, verdicts: dict[tuple[str, str], Verdict]) -> list[Write]:
+def _pins(observed: Observed, verdicts: Verdicts) -> list[Write]:
     """Each gated pod of a group that fits gets its node and loses its gate, in one patch."""
     found: list[Write] = []
     mine = {pod.name: pod for pod in observed.pods if pod.gated}
@@ -268,7 +280,7 @@ def _drains(groups: Sequence[Group], steps: Steps, accepted: Accepted) -> list[D
     ]
 
 
-def _again(observed: Observed, steps: Steps, waiting: Sequence[Any], settings: Settings) -> float | None:
+def _again(observed: Observed, steps: Steps, waiting: Sequence[Gang], settings: Settings) -> float | None:
     """The nearest time limit: drains, nodes about to count as lost, pins about to count as failed, patience."""
     limits = [] if steps.again_after is None else [steps.again_after]
     for node in observed.nodes:

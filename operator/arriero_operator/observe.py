@@ -10,6 +10,7 @@ from typing import Any
 
 from arriero_operator import names
 from arriero_operator.quantity import Resources, add, pod_requests, resources
+from arriero_operator.verdict import Verdicts
 
 Object = Mapping[str, Any]
 """A Kubernetes object as the API gives it."""
@@ -187,6 +188,10 @@ class Observed:
     """The checkpoint's config.json, where it is known by other means than the inspector."""
     now: float
     """Seconds since 1970."""
+    verdicts: Verdicts | None = None
+    """What `placement.place` says of all waiting groups of the cluster, where one placement is shared by many passes;
+    None: the pass decides by itself, from `others` and `nodes`.
+    """
 
     @property
     def name(self) -> str:

@@ -16,6 +16,7 @@ from arriero_operator.observe import Node, Pod
 from arriero_operator.placement_words import shortage
 from arriero_operator.quantity import Resources, add, room
 from arriero_operator.scheduling import admits
+from arriero_operator.verdict import Verdict, Verdicts
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +42,8 @@ class Gang:
     def key(self) -> tuple[str, str]:
         return self.namespace, self.name
 
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What becomes of one gang."""
-
-    pins: Mapping[str, Node]
-    """Pod name to node, for every gated pod; empty where the group does not fit."""
-    missing: str = ""
-    """Why it waits, in one sentence."""
-    give_back: tuple[Pod, ...] = ()
-    """Pods that hold room which the rest of the group can't complete."""
+    def is_of(self, namespace: str, deployment: str) -> bool:
+        return self.order[1:3] == (namespace, deployment)
 
 
 def gangs(pods: Iterable[Pod]) -> list[Gang]:
@@ -95,9 +87,7 @@ def _gang(members: list[Pod]) -> Gang | None:
     )
 
 
-def place(
-    nodes: Sequence[Node], waiting: Sequence[Gang], now: float, patience: float
-) -> dict[tuple[str, str], Verdict]:
+def place(nodes: Sequence[Node], waiting: Sequence[Gang], now: float, patience: float) -> Verdicts:
     """A verdict for each gang, taken in order.
 
     Later gangs may use what an earlier one cannot; but once that has waited for `patience` seconds, they leave it the

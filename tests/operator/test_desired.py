@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 from collections.abc import Callable
 
@@ -11,6 +12,8 @@ from tests.operator.fake_cluster import SETTINGS, FakeCluster, fail_at_random
 
 from arriero_operator import names
 from arriero_operator.desired import desired
+from arriero_operator.observe import Pod
+from arriero_operator.placement import gangs, place
 from arriero_operator.writes import Apply, Delete, Patch, SetStatus
 
 NAME = "llama-70b"
@@ -386,6 +389,76 @@ def test_events_tell_each_turn_once_though_a_pass_is_repeated() -> None:
     made.converge(NAME)
     reasons = [event.reason for event in made.events.values()]
     assert reasons == ["Waiting", "Loading", "Ready", "GroupServing"]
+
+
+# What users of other operators have met.
+
+
+def test_an_edit_of_the_router_restarts_no_worker_and_one_of_the_engine_no_router() -> None:
+    made = serving(replicas=1)
+    workers = {pod["metadata"]["uid"] for pod in made.pods()}
+    router = copy.deepcopy(made.objects["Deployment", f"{NAME}-router"]["spec"]["template"])
+    made.edit(NAME, engine={"maxRunning": 128})
+    made.converge(NAME)
+    assert made.objects["Deployment", f"{NAME}-router"]["spec"]["template"] == router
+    assert not workers & {pod["metadata"]["uid"] for pod in made.pods()}
+    workers = {pod["metadata"]["uid"] for pod in made.pods()}
+    made.edit(NAME, router={"replicas": 3, "policy": "least-load"})
+    made.converge(NAME)
+    assert made.objects["Deployment", f"{NAME}-router"]["spec"]["replicas"] == 3
+    assert made.objects["Deployment", f"{NAME}-router"]["spec"]["template"] != router
+    assert workers == {pod["metadata"]["uid"] for pod in made.pods()}
+
+
+def test_a_lost_leader_is_replaced_once_and_the_others_keep_their_pods() -> None:
+    made = serving()
+    follower = made.pods()[1]["metadata"]["uid"]
+    made._drop(("Pod", f"{NAME}-0-0"))
+    made.run(20, NAME)
+    assert made.status(NAME)["phase"] == "Ready"
+    assert made.pods()[1]["metadata"]["uid"] == follower
+    assert made.epochs[f"{NAME}-0"] == 2
+
+
+def test_an_operator_that_restarts_in_the_midst_of_a_rollout_keeps_its_bounds() -> None:
+    made = serving(nodes=10, replicas=4)
+    made.edit(NAME, engine={"maxRunning": 128})
+    for second in range(200):
+        made.pass_over(NAME, budget=second % 3 or None)
+        assert made.status(NAME)["readyReplicas"] >= 4
+        assert len(made.groups()) <= 5
+        made.tick()
+    made.converge(NAME)
+    assert (made.status(NAME)["ready"], made.status(NAME)["updatedReplicas"]) == ("4/4", 4)
+
+
+def test_no_worker_is_left_after_scaling_down() -> None:
+    made = serving(replicas=3)
+    made.edit(NAME, replicas=1)
+    made.converge(NAME)
+    groups = {pod["metadata"]["labels"][names.GROUP] for pod in made.pods()}
+    assert groups == set(made.groups())
+    assert len(made.pods()) == 2
+    left = {name for kind, name in made.objects if kind in ("Service", "NetworkPolicy") and name[-1].isdecimal()}
+    assert left == groups
+
+
+def test_many_passes_share_one_placement() -> None:
+    made = FakeCluster()
+    made.add_nodes(3)
+    made.create("first")
+    made.tick()
+    made.create("second")
+    for name in ("first", "second"):
+        made.pass_over(name)
+    made.tick()
+    pods = [Pod.of(pod) for pod in made.pods()]
+    waiting = gangs(pods)
+    verdicts = place(made.observe("first").nodes, waiting, made.now, SETTINGS.patience_seconds)
+    for name in ("first", "second"):
+        observed = made.observe(name)
+        shared = dataclasses.replace(observed, others=(), verdicts=verdicts)
+        assert desired(shared, SETTINGS) == desired(observed, SETTINGS)
 
 
 # Kill points: the operator ends after any single write.
