@@ -228,11 +228,14 @@ def _property(name: str, part: Mapping[str, Any], definitions: Mapping[str, Any]
     kept = _structural(part, definitions)
     if name == "podTemplate":
         kept |= _OVERLAY
-    if part.get("default") is not None:
-        # A part with defaults of its own is filled in by them.
-        kept["default"] = {} if isinstance(part["default"], Mapping) else part["default"]
-    elif kept.get("type") == "object" and not required and "default" not in part and "anyOf" not in part:
-        kept["default"] = {}  # never absent: a factory makes its default, which pydantic does not tell
+    optional_part = kept.get("type") == "object" and not required and "anyOf" not in part
+    if isinstance(part.get("default"), Mapping) or (optional_part and "default" not in part):
+        # Never absent. Written out, because an API server tries the rules on a default before it fills in those inside.
+        kept["default"] = {
+            inner: field["default"] for inner, field in kept.get("properties", {}).items() if "default" in field
+        }
+    elif part.get("default") is not None:
+        kept["default"] = part["default"]
     return kept
 
 

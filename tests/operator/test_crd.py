@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.operator.schema_check import defaulted, problems
 
 from arriero_operator.crd import custom_resource_definition
 
@@ -77,20 +78,15 @@ def test_the_schema_is_structural() -> None:
 
 
 def test_defaults_are_valid_and_whole() -> None:
+    """An API server refuses a CRD with a default that its own schema or rules refuse, and tries them on it as it is."""
     for path, part in walk(SCHEMA):
-        if "default" not in part:
-            continue
-        default = part["default"]
-        if part["type"] == "object":
-            assert default == {}
-            assert not part.get("required"), f"{path}: its default lacks a required field"
-        elif "enum" in part:
-            assert default in part["enum"], path
-        elif part["type"] in ("integer", "number"):
-            assert part["minimum"] <= default <= part["maximum"], path
+        if "default" in part:
+            assert problems(part["default"], part, path) == []
+            assert defaulted(part["default"], part) == part["default"], f"{path}: a default inside is missing"
     assert at(".spec.replicas")["default"] == 1
-    assert at(".spec.rollout")["default"] == {}
-    assert at(".spec.rollout.drainSeconds")["default"] == 120
+    assert at(".spec.rollout")["default"] == {"maxSurge": 1, "maxUnavailable": 0, "drainSeconds": 120}
+    assert at(".spec.model.kvCache")["default"] == {"dtype": "auto"}
+    assert at(".spec.podTemplate")["default"] == at(".spec.parallelism")["default"] == {}
     assert "default" not in at(".spec.model.source")
     assert "default" not in at(".spec.autoscaling"), "none unless it is asked for"
     assert "default" not in at(".spec.parallelism.tensor"), "the planner chooses"
