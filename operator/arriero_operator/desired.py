@@ -77,7 +77,7 @@ def desired(observed: Observed, settings: Settings) -> Desired:
     status = status_of(situation)
     writes: list[Write] = [
         *_inspection(observed, accepted, settings),
-        *(Apply(o) for o in objects if not _is_anothers(observed, o) and not up_to_date(_seen(observed, o), o)),
+        *_applies(observed, objects),
         *_fences(observed, groups),
         *_recalls(observed, verdicts, settings),
         *_pins(observed, verdicts),
@@ -155,6 +155,14 @@ def _domain(wanted: Wanted, group: Group, nodes: Sequence[Node]) -> tuple[str, s
     return (placement.topology_key, value) if value is not None else None
 
 
+def _applies(observed: Observed, objects: Sequence[dict[str, Any]]) -> list[Write]:
+    return [
+        Apply(rendered, new=_seen(observed, rendered) is None)
+        for rendered in objects
+        if not _is_anothers(observed, rendered) and not up_to_date(_seen(observed, rendered), rendered)
+    ]
+
+
 def _seen(observed: Observed, rendered: dict[str, Any]) -> Any:
     return observed.find(rendered["kind"], rendered["metadata"]["name"])
 
@@ -176,7 +184,7 @@ def _inspection(observed: Observed, accepted: Accepted, settings: Settings) -> l
     if failed := [pod for pod in seen if pod.phase == "Failed" and observed.now - pod.created >= _RETRY_SECONDS]:
         return [delete_pod(pod, "to look once more") for pod in failed if pod.deleting_since is None]
     if accepted.must_inspect and not seen:
-        return [Apply(inspector_pod(deployment, observed.namespace, observed.uid, settings))]
+        return [Apply(inspector_pod(deployment, observed.namespace, observed.uid, settings), new=True)]
     return []
 
 

@@ -103,10 +103,6 @@ class Pod:
         )
 
     @property
-    def key(self) -> tuple[str, str]:
-        return self.namespace, self.name
-
-    @property
     def annotations(self) -> Mapping[str, str]:
         return (self.raw.get("metadata") or {}).get("annotations") or {}
 

@@ -22,6 +22,10 @@ class Apply:
     """Server-side apply, forced, with the field manager `arriero`."""
 
     object: Mapping[str, Any]
+    new: bool = False
+    """It was not observed. Whoever carries this out looks for its name first: what is there without being ours is left
+    alone and belongs into the next observation.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +83,10 @@ class Drain:
     seconds: float
 
 
-def delete_of(seen: Object, why: str, grace_seconds: int | None = None) -> Delete:
+def delete_of(seen: Object, why: str) -> Delete:
     metadata = seen["metadata"]
     uid = str(metadata.get("uid") or "")
-    return Delete(seen["apiVersion"], seen["kind"], metadata["name"], uid, grace_seconds, why)
+    return Delete(seen["apiVersion"], seen["kind"], metadata["name"], uid, None, why)
 
 
 def delete_pod(pod: Pod, why: str, grace_seconds: int | None = None) -> Delete:

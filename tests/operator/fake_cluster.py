@@ -191,7 +191,9 @@ class FakeCluster:
     def write(self, write: Write) -> None:
         self.writes += 1
         match write:
-            case Apply(rendered):
+            case Apply(rendered, new):
+                key = rendered["kind"], rendered["metadata"]["name"]
+                assert new == (key not in self.objects)
                 self._apply(rendered)
             case Patch(_, kind, name, uid, body):
                 seen = self.objects.get((kind, name))
