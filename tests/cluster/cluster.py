@@ -115,8 +115,9 @@ class Cluster:
     def restart_kubelet(self, name: str) -> None:
         """Restart a node's kubelet and wait until the node is Ready with its GPUs: a new kubelet forgets them."""
         node = self.node(name)
+        node.kubelet.stop()
         beat = self._last_beat(name)
-        node.kubelet.restart()
+        node.kubelet.start()
         wait_until(lambda: self._last_beat(name) != beat, f"word of {name}", 60.0, node.programs)
         self.wait_for_nodes()
         self.set_gpus(name, self._gpus[name])
@@ -128,6 +129,21 @@ class Cluster:
     def wait_for_api(self, timeout: float = 60.0) -> None:
         """Wait until the API server is ready, say after a restart."""
         self.control_plane.wait(self.api, timeout)
+
+    def mend(self) -> None:
+        """Undo what a test did: cables back, each program running, each node Ready with its GPUs. Raises ClusterError."""
+        for node in self.nodes:
+            node.mend()
+        kubelets = {node.kubelet: node.name for node in self.nodes}
+        dead = [program for program in self.programs if not program.is_running]
+        for program in dead:
+            if program not in kubelets:
+                program.start()
+        self.wait_for_api()
+        for program in dead:
+            if program in kubelets:
+                self.restart_kubelet(kubelets[program])
+        self.wait_for_nodes()
 
     def start_kwok(self) -> None:
         """Start to simulate the nodes that `kwok.create_simulated_nodes` creates. Once is enough."""

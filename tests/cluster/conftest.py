@@ -79,13 +79,7 @@ def node_cluster(own_cluster: Cluster) -> Cluster:
 def unharmed(own_cluster: Cluster) -> Iterator[Cluster]:
     """The cluster, for a test that breaks it: whatever the test did, each program runs and each node is Ready after."""
     yield own_cluster
-    for node in own_cluster.nodes:
-        node.mend()
-    for program in own_cluster.programs:
-        if not program.is_running:
-            program.start()
-    own_cluster.wait_for_api()
-    own_cluster.wait_for_nodes()
+    own_cluster.mend()
 
 
 @pytest.fixture
