@@ -87,7 +87,7 @@ def _scheduled(situation: Situation, groups: Sequence[GroupStatus]) -> _Said:
         return blocked
     for group in groups:
         if lack := situation.missing.get(group.name):
-            return _Said("Scheduled", "False", "NotEnoughRoom", f"{group.name} {lack}")
+            return _Said("Scheduled", "False", "NotEnoughRoom", f"{group.name} {lack}{_hint(situation)}")
     waiting = [group.name for group in groups if group.phase == "Waiting"]
     if waiting:
         return _Said("Scheduled", "False", "Placing", f"{_names(waiting)} get their nodes")
@@ -95,6 +95,15 @@ def _scheduled(situation: Situation, groups: Sequence[GroupStatus]) -> _Said:
     if unplaced:
         return _Said("Scheduled", "False", "Replacing", f"pods of {_names(unplaced)} are being made anew")
     return _Said("Scheduled", "True", "Placed", "every pod has its node")
+
+
+def _hint(situation: Situation) -> str:
+    """What helps an update that has no room beside what serves."""
+    old = any(group.live and group.revision != situation.revision for group in situation.groups)
+    wanted = situation.accepted.wanted
+    if not old or wanted is None or wanted.deployment.spec.rollout.max_unavailable:
+        return ""
+    return "; an update finds room in place of an old group with rollout: {maxSurge: 0, maxUnavailable: 1}"
 
 
 def _loaded(situation: Situation, groups: Sequence[GroupStatus]) -> _Said:

@@ -12,7 +12,7 @@ from typing import Any
 
 from arriero_operator import names, router, workers
 from arriero_operator.accept import Accepted, accept
-from arriero_operator.groups import Group, groups_of
+from arriero_operator.groups import Group, groups_of, lost_pods
 from arriero_operator.inspector import inspector_pod, stale
 from arriero_operator.observe import Node, Observed, Pod, timestamp
 from arriero_operator.placement import Gang, gangs, place
@@ -180,6 +180,9 @@ def _inspection(observed: Observed, accepted: Accepted, settings: Settings) -> l
     seen = [pod for pod in observed.pods if pod.labels.get(names.COMPONENT) == names.INSPECTOR]
     if outdated := [pod for pod in seen if stale(deployment, pod) and pod.deleting_since is None]:
         return [delete_pod(pod, "the model's source has changed") for pod in outdated]
+    lost = lost_pods(seen, observed.nodes, observed.now, settings.lost_seconds)
+    if lost:
+        return [delete_pod(pod, f"its node {pod.node} is lost", 0) for pod in seen if pod.name in lost]
     # One that failed is tried again, for the source may only have been away.
     if failed := [pod for pod in seen if pod.phase == "Failed" and observed.now - pod.created >= _RETRY_SECONDS]:
         return [delete_pod(pod, "to look once more") for pod in failed if pod.deleting_since is None]

@@ -68,7 +68,7 @@ class Pod:
     node: str
     """Where it is bound; empty: nowhere yet."""
     pinned: str
-    """The hostname it was pinned to; empty: none."""
+    """The hostname that placement pinned it to; empty: none."""
     gated: bool
     deleting_since: float | None
     """When its grace period is over, if it is being deleted."""
@@ -84,6 +84,7 @@ class Pod:
         labels = metadata.get("labels") or {}
         readiness = condition(raw, "Ready")
         created = seconds_of(metadata.get("creationTimestamp")) or 0.0
+        by_us = names.PINNED_AT in (metadata.get("annotations") or {})
         index = str(labels.get(names.POD_INDEX) or metadata["name"].rpartition("-")[2])
         return cls(
             raw=raw,
@@ -93,7 +94,7 @@ class Pod:
             group=labels.get(names.GROUP) or "",
             index=int(index) if index.isdecimal() else 0,
             node=spec.get("nodeName") or "",
-            pinned=(spec.get("nodeSelector") or {}).get(names.HOSTNAME) or "",
+            pinned=((spec.get("nodeSelector") or {}).get(names.HOSTNAME) or "") if by_us else "",
             gated=any(gate.get("name") == names.GATE for gate in spec.get("schedulingGates") or []),
             deleting_since=seconds_of(metadata.get("deletionTimestamp")),
             created=created,

@@ -461,6 +461,30 @@ def test_many_passes_share_one_placement() -> None:
         assert desired(shared, SETTINGS) == desired(observed, SETTINGS)
 
 
+def test_an_update_without_room_says_what_helps_and_then_gets_it() -> None:
+    made = serving(nodes=2)
+    made.edit(NAME, engine={"maxRunning": 128})
+    made.run(10, NAME)
+    assert made.condition(NAME, "Scheduled")["message"] == (
+        f"{NAME}-1 needs 2 nodes with 8 free nvidia.com/gpu, has 0; an update finds room in place of an old group with "
+        "rollout: {maxSurge: 0, maxUnavailable: 1}"
+    )
+    assert made.status(NAME)["readyReplicas"] == 1, "what serves is kept"
+    made.edit(NAME, rollout={"maxSurge": 0, "maxUnavailable": 1})
+    made.converge(NAME)
+    assert (made.status(NAME)["phase"], made.status(NAME)["updatedReplicas"]) == ("Ready", 1)
+
+
+def test_a_hostname_of_the_users_own_is_no_pin() -> None:
+    selector = {names.HOSTNAME: "node-1"}
+    made = serving(parallelism={"tensor": 8, "pipeline": 1}, podTemplate={"spec": {"nodeSelector": selector}})
+    made.nodes["node-1"]["spec"]["unschedulable"] = True
+    made._drop(("Pod", f"{NAME}-0-0"))
+    made.tick()
+    made.tick(SETTINGS.bind_seconds + 1)
+    assert not [w for w in desired(made.observe(NAME), SETTINGS).writes if isinstance(w, Delete)]
+
+
 # Kill points: the operator ends after any single write.
 
 

@@ -76,6 +76,7 @@ def pin(pods: list[dict[str, Any]], pins: Any) -> None:
         if (target := pins.get(pod["metadata"]["name"])) is not None:
             pod["spec"]["schedulingGates"] = []
             pod["spec"]["nodeSelector"] = {names.HOSTNAME: target.hostname}
+            pod["metadata"]["annotations"][names.PINNED_AT] = timestamp(NOW)
 
 
 def missing(nodes: list[dict[str, Any]], pods: list[dict[str, Any]]) -> str:
