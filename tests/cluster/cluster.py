@@ -131,7 +131,7 @@ class Cluster:
         self.control_plane.wait(self.api, timeout)
 
     def mend(self) -> None:
-        """Undo what a test did: cables back, each program running, each node Ready with its GPUs. Raises ClusterError."""
+        """Undo what a test did: cables back, programs running, nodes Ready with their GPUs. Raises ClusterError."""
         for node in self.nodes:
             node.mend()
         kubelets = {node.kubelet: node.name for node in self.nodes}
