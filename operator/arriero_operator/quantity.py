@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 Resources = dict[str, Fraction]
@@ -21,9 +22,16 @@ GIB = 1 << 30
 
 def parse_quantity(value: Any) -> Fraction:
     """The amount. Raises ValueError for what is no quantity."""
-    match = _QUANTITY.fullmatch(str(value).strip())
-    if match is None or isinstance(value, bool):
+    if isinstance(value, bool):
         raise ValueError(f"{value!r} is not a quantity such as 2, 500m or 64Gi")
+    return _parse(str(value))
+
+
+@lru_cache(maxsize=4096)
+def _parse(written: str) -> Fraction:
+    match = _QUANTITY.fullmatch(written.strip())
+    if match is None:
+        raise ValueError(f"{written!r} is not a quantity such as 2, 500m or 64Gi")
     number, exponent, suffix = match.groups()
     return Fraction(number) * (Fraction(10) ** int(exponent[1:]) if exponent else _SUFFIX[suffix or ""])
 

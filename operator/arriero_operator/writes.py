@@ -105,8 +105,8 @@ def up_to_date(seen: Object | None, rendered: Mapping[str, Any]) -> bool:
 
 def covers(seen: Any, rendered: Any) -> bool:
     """Whether every value of `rendered` is in `seen`, as the API server keeps it."""
-    if isinstance(rendered, Mapping):
-        if not isinstance(seen, Mapping):
+    if isinstance(rendered, dict):
+        if not isinstance(seen, dict):
             return seen is None and all(value in _EMPTY for value in rendered.values())
         return all(covers(seen.get(key), value) for key, value in rendered.items())
     if isinstance(rendered, list):
@@ -122,12 +122,12 @@ def _covers_list(seen: Sequence[Any], rendered: Sequence[Any]) -> bool:
     key = _key(rendered)
     if key is None:
         return len(seen) == len(rendered) and all(covers(s, r) for s, r in zip(seen, rendered, strict=True))
-    found = {entry.get(key): entry for entry in seen if isinstance(entry, Mapping)}
+    found = {entry.get(key): entry for entry in seen if isinstance(entry, dict)}
     return all(entry[key] in found and covers(found[entry[key]], entry) for entry in rendered)
 
 
 def _key(rendered: Sequence[Any]) -> str | None:
     """The field that tells the entries of a list apart; None: their places do."""
-    if not rendered or not all(isinstance(entry, Mapping) for entry in rendered):
+    if not rendered or not all(isinstance(entry, dict) for entry in rendered):
         return None
     return next((key for key in _KEYS if len({entry.get(key) for entry in rendered} - {None}) == len(rendered)), None)

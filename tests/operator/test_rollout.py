@@ -209,7 +209,7 @@ class Simulation:
 bounds = st.tuples(st.integers(0, 2), st.integers(0, 2)).filter(any)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.lists(st.integers(0, 4), min_size=1, max_size=4), bounds, st.integers(0, 2), st.randoms(use_true_random=False)
 )
