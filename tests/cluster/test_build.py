@@ -40,7 +40,10 @@ def test_a_sibling_required_at_its_real_version_needs_no_replacement() -> None:
     own = {
         "Go": "1.24",
         "Require": [entry("go.etcd.io/etcd/api/v3", "v3.6.16")],
-        "Replace": [{"Old": entry("go.etcd.io/etcd/api/v3"), "New": entry("../api")}],
+        "Replace": [
+            {"Old": entry("go.etcd.io/etcd/api/v3"), "New": entry("../api")},
+            {"Old": entry("go.etcd.io/tests/v3"), "New": entry("../tests")},
+        ],
     }
     assert "replace" not in build.go_mod(module, own)
     assert module.package("etcd") == "go.etcd.io/etcd/server/v3"

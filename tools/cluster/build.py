@@ -132,7 +132,7 @@ def go_mod(module: Module, its_own: dict[str, Any]) -> str:
         old, new = entry["Old"]["Path"], entry["New"]
         if "Version" in new:
             lines.append(f"replace {old} => {new['Path']} {new['Version']}")
-        elif required.get(old, "v0.0.0") == "v0.0.0":
+        elif required.get(old) == "v0.0.0":
             lines.append(f"replace {old} => {old} v0{module.version[2:]}")
     return "\n".join(lines) + "\n"
 
