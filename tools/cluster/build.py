@@ -190,7 +190,8 @@ def build_program(go: str, module: Module, program: str, pins: Pins) -> None:
     def run_go(*arguments: str) -> str:
         return call([go, *arguments], f"{program} {module.version} could not be built", env=environment, cwd=work)
 
-    (work / "go.sum").unlink(missing_ok=True)
+    for name in ("go.mod", "go.sum"):  # of a build that was cut off, perhaps with other pins
+        (work / name).unlink(missing_ok=True)
     if module.main:
         shutil.copyfile(module.main, work / "main.go")
     if module.path:
