@@ -191,6 +191,11 @@ def answers_grpc(port: int) -> bool:
             return False
 
 
+def _named(command: list[str] | None) -> list[str] | None:
+    """A command line without this machine's folders."""
+    return None if command is None else [Path(word).name if word.startswith("/") else word for word in command]
+
+
 def started(stack: ExitStack, router: Router) -> RouterProcess | None:
     command = router.command
     if command is None:
@@ -404,7 +409,7 @@ def main() -> int:
         "load_at_end": os.getloadavg(),
         "scenes": [scene.__dict__ for scene in SCENES],
         "scale": options.scale,
-        "routers": {line.name: {"version": line.version, "command": line.command} for line in lines},
+        "routers": {line.name: {"version": line.version, "command": _named(line.command)} for line in lines},
         "medians": {name: medians(found) for name, found in rounds.items()},
         "rounds": rounds,
     }

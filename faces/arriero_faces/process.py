@@ -25,11 +25,15 @@ def set_up_logging(level: str) -> None:
     )
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int | None = None) -> None:
     """Have the kernel kill this process when its parent ends (prctl(2)), so that nothing outlives a killed
     supervisor.
+
+    parent: its process id, where who started this process could tell; without it, a parent that ended before this call
+    goes unnoticed. May be called between fork and exec, whence it holds for the program executed.
     """
-    parent = os.getppid()
+    if parent is None:
+        parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)

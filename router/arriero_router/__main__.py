@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from arriero_faces.process import die_with_parent, set_process_name, set_up_logging
+from arriero_faces.process import set_process_name, set_up_logging
 from arriero_router.config import ConfigError, load_config
 from arriero_router.main import EXIT_USAGE, run_router
 from arriero_router.observe.siblings import Siblings
@@ -41,7 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.config} is valid: {len(config.models)} models, {config.workers} processes")
         return 0
     if options.process is not None:
-        die_with_parent()
         index, _, count = options.process.partition("/")
         return run_router(options.config, config, Siblings(options.siblings, int(index), int(count)))
     if config.workers == 1:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+
+from arriero_faces.process import die_with_parent
 
 log = logging.getLogger("arriero.router")
 
@@ -81,6 +84,10 @@ class _Processes:
         self._began[index] = time.monotonic()
         command = [sys.executable, "-m", "arriero_router", "--config", self._config, "--log-level", self._log_level]
         command += ["--process", f"{index}/{self._count}", "--siblings", self._folder]
-        self._running[index] = subprocess.Popen(
-            command, preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        )
+        parent = os.getpid()
+
+        def prepare() -> None:
+            die_with_parent(parent)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+        self._running[index] = subprocess.Popen(command, preexec_fn=prepare)
