@@ -85,6 +85,11 @@ class Upstream(asyncio.Protocol):
         self._bare = 0
         self._parser = httptools.HttpResponseParser(self)
         self.heard = self.pool.loop.time()
+        if self.closed or self.transport.is_closing():
+            # It was lost between its making and this: nobody would be told of that any more.
+            self._used = True
+            self.pool.loop.call_soon(self._break, "the connection was closed before it was used")
+            return
         self.transport.write(data)
 
     def pause(self) -> None:
