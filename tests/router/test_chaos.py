@@ -127,7 +127,7 @@ class Soak:
 
 @pytest.mark.timeout(3600)
 async def test_memory_and_counters_stay_where_they_were(campaign: int, seed: int) -> None:
-    """Mixed load, briefly (as a campaign half a minute times its size): memory is flat, nothing stays in flight or held."""
+    """Mixed load, briefly (half a minute times the campaign): memory is flat, nothing stays in flight or held."""
     ports = free_ports(8)
     backends = [Backend("a", *ports[:3]), Backend("b", *ports[3:6])]
     models = [
