@@ -8,6 +8,7 @@ import signal
 
 import uvloop
 
+from arriero_faces.leave import Leave
 from arriero_router.config import Config, ConfigError, changes, load_config
 from arriero_router.observe.siblings import Siblings
 from arriero_router.router import Router
@@ -29,37 +30,21 @@ def run_router(path: str, config: Config, siblings: Siblings | None = None) -> i
 
 
 async def _serve(path: str, config: Config, siblings: Siblings | None) -> int:
-    loop = asyncio.get_running_loop()
-    draining, now = asyncio.Event(), asyncio.Event()
-    seen: set[int] = set()
-
-    def signalled(number: int) -> None:
-        # A terminal's Ctrl-C reaches every process of the group and a supervisor may add its SIGTERM: that is one wish.
-        if number in seen:
-            now.set()
-        seen.add(number)
-        draining.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signalled, number)
+    leave = Leave()
     try:
         router = Router(config, siblings)
     except ConfigError as error:
         log.error("%s", error)
         return EXIT_USAGE
-    loop.add_signal_handler(signal.SIGHUP, _reload, router, path)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, router, path)
     try:
         await router.start()
     except (OSError, ConfigError) as error:
         log.error("cannot start: %s", error)
         await router.stop()
         return EXIT_USAGE if isinstance(error, ConfigError) else 1
-    await draining.wait()
-    drain = loop.create_task(router.drain(router.config.drain_seconds))
-    stop = loop.create_task(now.wait())
-    await asyncio.wait((drain, stop), return_when=asyncio.FIRST_COMPLETED)
-    stop.cancel()
-    drain.cancel()
+    await leave.asked()
+    await leave.drain(router.drain(router.config.drain_seconds))
     await router.stop()
     log.info("stopped")
     return 0

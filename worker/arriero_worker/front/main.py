@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
 import uvloop
 
+from arriero_faces.leave import Leave
 from arriero_faces.process import EXIT_UNUSABLE, die_with_parent, set_process_name, set_up_logging
 from arriero_plan.launch import Launch, LaunchError, parse_launch
 from arriero_worker.front.front import Front
@@ -36,31 +36,15 @@ def run_front(launch: Launch, socket_path: str) -> int:
 
 
 async def _serve(front: Front) -> int:
-    loop = asyncio.get_running_loop()
-    draining, now = asyncio.Event(), asyncio.Event()
-    seen: set[int] = set()
-
-    def signalled(number: int) -> None:
-        # A terminal's Ctrl-C reaches every process of the group and a supervisor may add its SIGTERM: that is one wish.
-        if number in seen:
-            now.set()
-        seen.add(number)
-        draining.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signalled, number)
+    leave = Leave()
     try:
         await front.start()
     except OSError as error:
         log.error("cannot open the public faces: %s", error)
         await front.stop()
         return 1
-    await draining.wait()
-    drain = loop.create_task(front.drain(front.launch.drain_seconds))
-    stop = loop.create_task(now.wait())
-    await asyncio.wait((drain, stop), return_when=asyncio.FIRST_COMPLETED)
-    stop.cancel()
-    drain.cancel()
+    await leave.asked()
+    await leave.drain(front.drain(front.launch.drain_seconds))
     await front.stop()
     log.info("stopped")
     return 0
