@@ -80,10 +80,10 @@ def write_credentials(layout: Layout) -> Credentials:
         leaf.private_key_pem.write_to_path(str(folder / f"{name}.key"))
         (folder / f"{name}.pem").write_bytes(b"".join(blob.bytes() for blob in leaf.cert_chain_pems))
     signing = ec.generate_private_key(ec.SECP256R1())
+    # The API server takes the public half out of a private key of this format only, not of PKCS #8.
+    form = serialization.PrivateFormat.TraditionalOpenSSL
     (folder / "accounts.key").write_bytes(
-        signing.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        signing.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
     )
     users = USERS | {f"system:node:{node.name}": "system:nodes" for node in layout.nodes}
     tokens = {user: secrets.token_hex(16) for user in users}
