@@ -77,6 +77,8 @@ class Cluster:
             self.wait_for_nodes()
             for node in self.nodes:
                 self.set_gpus(node.name, gpus)
+        account = "/api/v1/namespaces/default/serviceaccounts/default"  # without it no pod can be created
+        wait_until(lambda: self.api.exists(account), "service account", 30.0, self.control_plane.programs)
 
     def _load_images(self) -> None:
         folder = self.layout.home / "images"

@@ -74,7 +74,10 @@ def write_credentials(layout: Layout) -> Credentials:
     names += ["kubernetes.default.svc.cluster.local", layout.address, layout.service_address, "127.0.0.1"]
     leaves = {
         "server": authority.issue_cert(*names),
-        "kubelet-client": authority.issue_cert(common_name="kubelet-client", organization_name="system:masters"),
+        # It needs a name as its alternative: Go refuses the empty list that would be there instead.
+        "kubelet-client": authority.issue_cert(
+            "kubelet-client", common_name="kubelet-client", organization_name="system:masters"
+        ),
     }
     for name, leaf in leaves.items():
         leaf.private_key_pem.write_to_path(str(folder / f"{name}.key"))
