@@ -45,7 +45,7 @@ proto: $(READY) ## generate the Python code of proto/
 	$(BIN)/python tools/proto.py
 
 lock: $(READY) ## resolve pyproject.toml into requirements.lock (UPGRADE=1: to the newest versions)
-	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra worker --extra router --extra dev --extra plot \
+	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra worker --extra router --extra operator --extra dev --extra plot \
 		--generate-hashes --no-emit-index-url --custom-compile-command 'make lock' --quiet \
 		$(if $(UPGRADE),--upgrade) --output-file requirements.lock
 

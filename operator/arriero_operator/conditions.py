@@ -148,6 +148,8 @@ def _degraded(situation: Situation, groups: Sequence[GroupStatus]) -> _Said:
         return _Said(
             "Degraded", "True", "NameTaken", f"{taken}: exists and belongs to somebody else; delete or rename it"
         )
+    if situation.refused:
+        return _Said("Degraded", "True", "ApiRefused", situation.refused)
     for group in groups:
         if group.phase in ("Failed", "Recovering"):
             reason = "GroupFailed" if group.phase == "Failed" else "GroupRecovering"

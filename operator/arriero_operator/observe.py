@@ -189,6 +189,8 @@ class Observed:
     """What `placement.place` says of all waiting groups of the cluster, where one placement is shared by many passes;
     None: the pass decides by itself, from `others` and `nodes`.
     """
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """What the API server would not take when it was written last, by "Kind name", and why."""
 
     @property
     def name(self) -> str:

@@ -25,6 +25,11 @@ class Situation:
     """Objects that cannot be made, because somebody else's have their names."""
 
     @property
+    def refused(self) -> str:
+        """What the API server will not take, in one sentence; empty: nothing."""
+        return "; ".join(f"{what} is refused by the API server: {why}" for what, why in self.observed.refused.items())
+
+    @property
     def replicas(self) -> int:
         """Groups wanted."""
         return self.accepted.wanted.replicas if self.accepted.wanted else 0
@@ -37,4 +42,5 @@ class Situation:
             len(live) == len(self.groups) == self.replicas
             and all(group.revision == self.revision for group in live)
             and not self.taken
+            and not self.observed.refused
         )

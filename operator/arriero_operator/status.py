@@ -88,6 +88,8 @@ def _phase(situation: Situation, groups: Sequence[GroupStatus], ready: int) -> t
         return "Idle", leaving
     if situation.taken:
         return "Degraded", f"{situation.taken[0]} exists and belongs to somebody else: delete or rename it"
+    if situation.refused:
+        return "Degraded", situation.refused
     if ready == situation.replicas and situation.stable:
         return "Ready", ""
     told = next((f"{group.name}: {group.message}" for group in groups if group.message), "")
