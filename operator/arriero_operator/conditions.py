@@ -124,6 +124,8 @@ def _available(situation: Situation, ready: int) -> _Said:
         return _Said("Available", "False", "ScaledToZero", "no replica is wanted")
     allowed = wanted.deployment.spec.rollout.max_unavailable if wanted else 0
     if ready and ready >= situation.replicas - allowed:
+        if situation.router_down:
+            return _Said("Available", "False", "RouterUnavailable", f"{count}, but {situation.router_down}")
         return _Said("Available", "True", "EnoughReplicas", count if wanted else f"{ready} replicas answer requests")
     return _Said("Available", "False", "TooFewReplicas", count)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from arriero_operator import names
 from arriero_operator.accept import Accepted
 from arriero_operator.groups import Group
 from arriero_operator.observe import Observed
@@ -33,6 +34,17 @@ class Situation:
     def replicas(self) -> int:
         """Groups wanted."""
         return self.accepted.wanted.replicas if self.accepted.wanted else 0
+
+    @property
+    def router_down(self) -> str:
+        """Why clients cannot reach the replicas; empty: they can, or no router is wanted."""
+        wanted = self.accepted.wanted
+        if wanted is None or wanted.deployment.spec.router.replicas == 0:
+            return ""
+        seen = self.observed.find("Deployment", names.router_name(self.observed.name))
+        if seen is not None and (seen.get("status") or {}).get("availableReplicas"):
+            return ""
+        return "no router pod is available"
 
     @property
     def stable(self) -> bool:

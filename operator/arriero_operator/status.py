@@ -91,7 +91,7 @@ def _phase(situation: Situation, groups: Sequence[GroupStatus], ready: int) -> t
     if situation.refused:
         return "Degraded", situation.refused
     if ready == situation.replicas and situation.stable:
-        return "Ready", ""
+        return ("Progressing", situation.router_down) if situation.router_down else ("Ready", "")
     told = next((f"{group.name}: {group.message}" for group in groups if group.message), "")
     phases = {group.phase for group in groups}
     if "Failed" in phases or "Recovering" in phases:

@@ -45,6 +45,7 @@ class FakeCluster:
         self.applied: dict[tuple[str, str], dict[str, Any]] = {}
         self.nodes: dict[str, dict[str, Any]] = {}
         self.down: set[str] = set()
+        self.routers_down = False
         self.events: dict[str, Emit] = {}
         self.requests: dict[str, int] = {}
         """Requests on a group."""
@@ -274,6 +275,7 @@ class FakeCluster:
         self._collect_garbage()
         self._end_deleted()
         self._stateful_sets()
+        self._routers()
         self._schedule()
         self._run_pods()
         self._check_nodes()
@@ -307,6 +309,13 @@ class FakeCluster:
             for index in range(o["spec"]["replicas"]):
                 if ("Pod", f"{name}-{index}") not in self.objects:
                     self._make_pod(o, f"{name}-{index}", index)
+
+    def _routers(self) -> None:
+        for (kind, _), o in self.objects.items():
+            if kind == "Deployment" and not self.routers_down:
+                o["status"] = {"availableReplicas": o["spec"]["replicas"]}
+            elif kind == "Deployment":
+                o["status"] = {}
 
     def _make_pod(self, owner: dict[str, Any], name: str, index: int) -> None:
         pod = copy.deepcopy(owner["spec"]["template"])

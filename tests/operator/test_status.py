@@ -166,6 +166,29 @@ def test_a_successor_without_a_node_shows_the_schedulers_own_words() -> None:
     assert made.status(NAME)["message"] == f"{NAME}-0: pod {NAME}-0-1 finds no node: {words}"
 
 
+def test_replicas_that_nobody_can_reach_are_not_available() -> None:
+    made = cluster()
+    made.routers_down = True
+    made.converge(NAME)
+    conditions = {entry["type"]: entry for entry in made.status(NAME)["conditions"]}
+    assert (made.status(NAME)["ready"], made.status(NAME)["phase"]) == ("1/1", "Progressing")
+    assert made.status(NAME)["message"] == "no router pod is available"
+    assert (conditions["Available"]["status"], conditions["Available"]["reason"]) == ("False", "RouterUnavailable")
+
+    made.routers_down = False
+    made.converge(NAME)
+    assert made.status(NAME)["phase"] == "Ready"
+
+
+def test_what_the_api_server_refuses_is_told_in_its_words() -> None:
+    made = cluster()
+    made.converge(NAME)
+    observed = dataclasses.replace(made.observe(NAME), refused={f"StatefulSet {NAME}-0": "spec.foo: Invalid value"})
+    (write,) = [w for w in desired(observed, SETTINGS).writes if isinstance(w, SetStatus)]
+    assert write.status["phase"] == "Degraded"
+    assert write.status["message"] == f"StatefulSet {NAME}-0 is refused by the API server: spec.foo: Invalid value"
+
+
 def test_tokens_per_second_are_told_to_two_digits() -> None:
     made = cluster()
     made.converge(NAME)
