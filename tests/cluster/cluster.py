@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.cluster import dns, images, kwok, machine, network, slots, sweep
+from tests.cluster import dns, images, kernels, kwok, machine, network, slots, sweep, thin
 from tests.cluster.api import Api, Kubectl
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.credentials import Credentials, write_credentials
@@ -19,7 +20,6 @@ from tests.cluster.layout import Layout
 from tests.cluster.node import PAUSE_IMAGE, Node
 from tests.cluster.processes import ClusterError, Program, wait_until
 
-THIN_IMAGE = "arriero.test/thin:1"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -63,6 +63,8 @@ class Cluster:
             json.dump(self._credentials.kubeconfig_of("admin"), file, indent=2)
         for program in self.control_plane.programs:
             program.start()
+        if self.nodes:
+            kernels.copy(self.layout.kernels)
         for node in self.nodes:
             node.prepare()
         if self.nodes:
@@ -82,14 +84,11 @@ class Cluster:
 
     def _load_images(self) -> None:
         folder = self.layout.home / "images"
-        archives = [
-            images.pause_image(folder / "pause.tar", PAUSE_IMAGE, machine.program("pause")),
-            images.thin_image(folder / "thin.tar", THIN_IMAGE),
-        ]
+        pause = images.pause_image(PAUSE_IMAGE, machine.program("pause"))
+        archive = images.write_images(folder / "images.tar", pause, *thin.thin_images())
         for node in self.nodes:
             node.wait_for_containerd()
-            for archive in archives:
-                node.load_image(archive)
+            node.load_image(archive)
 
     def load_image(self, archive: Path) -> None:
         """Make an image known to every node."""
@@ -106,7 +105,8 @@ class Cluster:
     def wait_for_nodes(self, timeout: float = 90.0) -> None:
         """Wait until every real node is Ready. Raises ClusterError."""
         for node in self.nodes:
-            wait_until(lambda name=node.name: self.is_node_ready(name), f"Ready {node.name}", timeout, node.programs)
+            ready = functools.partial(self.is_node_ready, node.name)
+            wait_until(ready, f"Ready {node.name}", timeout, node.programs)
 
     def set_gpus(self, node: str, count: int) -> None:
         """Give a real node `count` GPUs that are only counted: the scheduler honours them, no device is there."""
@@ -173,8 +173,9 @@ class Cluster:
             self._slot.release()
 
 
-def start_cluster(node_count: int = 2, *, gpus: int = 8) -> Cluster:
-    """Start a cluster of `node_count` real nodes with `gpus` GPUs each; 0 nodes: the control plane alone, for KWOK.
+def start_cluster(node_count: int = 2, *, gpus: int = 8, cpus: int = 8) -> Cluster:
+    """Start a cluster of `node_count` real nodes with `gpus` GPUs and `cpus` processors each, both of which are only
+    counted; 0 nodes: the control plane alone, for KWOK.
 
     Raises ClusterError with what this machine lacks, or with the log of what did not start.
     """
@@ -182,7 +183,9 @@ def start_cluster(node_count: int = 2, *, gpus: int = 8) -> Cluster:
         raise ClusterError(lack)
     sweep.sweep_all()
     slot = slots.acquire_any()
-    layout = Layout(slot.number, node_count, slots.base_folder())
+    layout = Layout(slot.number, node_count, slots.base_folder(), cpus)
+    if node_count:
+        kernels.compiled()  # takes a minute when the worker's sources are new, which is not the cluster's start
     layout.home.mkdir(mode=0o755)
     cluster = Cluster(slot, layout)
     began = time.monotonic()

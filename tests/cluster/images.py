@@ -5,14 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import platform
-import sys
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
 
@@ -28,30 +25,34 @@ class Link:
 Entry = tuple[bytes, int] | Link | int
 
 
-def write_image(archive: Path, name: str, entries: Mapping[str, Entry], **config: object) -> Path:
-    """Write an image of one layer as a docker-archive. `config` is its configuration: Entrypoint, Cmd, Env, User, ...
+@dataclass(frozen=True)
+class Image:
+    """An image of one layer: its name, what lies at which path, its configuration (Entrypoint, Cmd, Env, User, ...)."""
 
-    The same input makes the same bytes.
-    """
-    layer = tar_of({path: entries[path] for path in sorted(entries)})
-    layer_name = f"{hashlib.sha256(layer).hexdigest()}.tar"
-    image = json.dumps(
-        {
+    name: str
+    entries: Mapping[str, Entry]
+    config: Mapping[str, object]
+
+
+def write_images(archive: Path, *images: Image) -> Path:
+    """Write the images as one docker-archive. The same input makes the same bytes."""
+    files: dict[str, Entry] = {}
+    manifest = []
+    for image in images:
+        layer = tar_of({path: image.entries[path] for path in sorted(image.entries)})
+        digest = hashlib.sha256(layer).hexdigest()
+        described = {
             "architecture": ARCHITECTURES.get(platform.machine(), platform.machine()),
             "os": "linux",
-            "config": config,
-            "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}"]},
+            "config": dict(image.config),
+            "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]},
             "history": [{"created_by": "arriero"}],
-        },
-        sort_keys=True,
-    ).encode()
-    image_name = f"{hashlib.sha256(image).hexdigest()}.json"
-    manifest = json.dumps([{"Config": image_name, "RepoTags": [name], "Layers": [layer_name]}]).encode()
-    files: dict[str, Entry] = {
-        layer_name: (layer, 0o644),
-        image_name: (image, 0o644),
-        "manifest.json": (manifest, 0o644),
-    }
+        }
+        config = json.dumps(described, sort_keys=True).encode()
+        config_name = f"{hashlib.sha256(config).hexdigest()}.json"
+        files |= {f"{digest}.tar": (layer, 0o644), config_name: (config, 0o644)}
+        manifest.append({"Config": config_name, "RepoTags": [image.name], "Layers": [f"{digest}.tar"]})
+    files["manifest.json"] = (json.dumps(manifest).encode(), 0o644)
     archive.parent.mkdir(parents=True, exist_ok=True)
     archive.write_bytes(tar_of(files))
     return archive
@@ -74,70 +75,6 @@ def tar_of(entries: Mapping[str, Entry]) -> bytes:
     return stream.getvalue()
 
 
-def pause_image(archive: Path, name: str, program: Path) -> Path:
+def pause_image(name: str, program: Path) -> Image:
     """The image of a pod's sandbox: one static program."""
-    return write_image(
-        archive, name, {"pause": (program.read_bytes(), 0o755)}, Entrypoint=["/pause"], User="65535:65535"
-    )
-
-
-def thin_image(archive: Path, name: str, **config: object) -> Path:
-    """An image that is the machine's own system: empty folders, over which `host_mounts` puts the machine's, read-only.
-
-    Torch in a pod without an image of five gigabytes.
-    """
-    entries: dict[str, Entry] = {"tmp": 0o1777, "etc": 0o755, "proc": 0o755, "sys": 0o755, "dev": 0o755, "run": 0o755}
-    entries["etc/passwd"] = (b"root:x:0:0:root:/:/bin/sh\narriero:x:65532:65532:arriero:/tmp:/bin/sh\n", 0o644)
-    entries["etc/group"] = (b"root:x:0:\narriero:x:65532:\n", 0o644)
-    entries["etc/nsswitch.conf"] = (b"hosts: files dns\n", 0o644)
-    for place in system_folders():
-        if place.is_symlink():  # /bin -> usr/bin
-            entries[str(place).strip("/")] = Link(os.readlink(place))
-    for place in mounted_folders():
-        for folder in (*reversed(place.parents), place):
-            if folder != Path("/"):
-                entries.setdefault(str(folder).strip("/"), 0o755)
-    path = f"{Path(sys.prefix) / 'bin'}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-    return write_image(archive, name, entries, **{"Env": [f"PATH={path}", "PYTHONDONTWRITEBYTECODE=1"], **config})
-
-
-def system_folders() -> list[Path]:
-    return [path for path in map(Path, ("/usr", "/bin", "/sbin", "/lib", "/lib64")) if path.exists()]
-
-
-def mounted_folders() -> list[Path]:
-    """What a pod of the thin image sees: the system's, this interpreter's, the environment's, the project's folders."""
-    project = Path(__file__).resolve().parents[2]
-    folders = [path for path in system_folders() if not path.is_symlink()]
-    for folder in map(Path, (sys.base_prefix, sys.prefix, str(project))):
-        if not any(folder.is_relative_to(other) for other in folders):
-            folders.append(folder)
-    return folders
-
-
-def host_mounts() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(a pod's volumes, a container's volumeMounts) that fill the thin image."""
-    folders = list(enumerate(mounted_folders()))
-    volumes = [{"name": f"host-{index}", "hostPath": {"path": str(folder)}} for index, folder in folders]
-    mounts = [{"name": f"host-{index}", "mountPath": str(folder), "readOnly": True} for index, folder in folders]
-    return volumes, mounts
-
-
-def thin_pod_spec(image: str, command: Sequence[str], **container: object) -> dict[str, Any]:
-    """The spec of a pod that runs `command` in the thin image. `container`: more of its container."""
-    volumes, mounts = host_mounts()
-    return {
-        "terminationGracePeriodSeconds": 1,
-        "automountServiceAccountToken": False,
-        "volumes": volumes,
-        "containers": [
-            {
-                "name": "main",
-                "image": image,
-                "imagePullPolicy": "Never",
-                "command": list(command),
-                "volumeMounts": mounts,
-                **container,
-            }
-        ],
-    }
+    return Image(name, {"pause": (program.read_bytes(), 0o755)}, {"Entrypoint": ["/pause"], "User": "65535:65535"})

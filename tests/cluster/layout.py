@@ -24,6 +24,7 @@ class NodeLayout:
     pod_cidr: str
     link: str  # the end of its cable on the host
     cgroup: str  # below each hierarchy's root
+    cpus: int  # processors that the node says it has
     home: Path
     network_namespace: Path
     mount_namespace: Path
@@ -36,6 +37,7 @@ class Layout:
     slot: int
     node_count: int
     base: Path
+    cpus: int = 8
 
     @property
     def name(self) -> str:
@@ -61,6 +63,11 @@ class Layout:
     @property
     def namespaces(self) -> Path:
         return self.home / "namespaces"
+
+    @property
+    def kernels(self) -> Path:
+        """What workers' containers see as their cache of compiled kernels."""
+        return self.home / "kernels"
 
     @property
     def bridge(self) -> str:
@@ -107,6 +114,7 @@ class Layout:
             pod_cidr=f"10.{100 + self.slot}.{number}.0/24",
             link=f"{self.name}n{number}",
             cgroup=f"{self.cgroup}/node-{number}",
+            cpus=self.cpus,
             home=self.home / f"node-{number}",
             network_namespace=self.namespaces / f"node-{number}.net",
             mount_namespace=self.namespaces / f"node-{number}.mnt",

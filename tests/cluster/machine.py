@@ -7,6 +7,7 @@ import platform
 import shutil
 from pathlib import Path
 
+from tests.cluster import thin
 from tests.cluster.node import CNI_PROGRAMS
 from tools.cluster import build
 
@@ -55,6 +56,8 @@ def why_no_nodes() -> str | None:
         return "nodes need root: containers, namespaces and control groups are made by root"
     if packages := missing_packages():
         return f"nodes need Debian packages that are not installed: {' '.join(packages)}"
+    if folders := thin.unreadable():
+        return f"containers run as another user, who may not read {', '.join(map(str, folders))} (chmod -R o+rX)"
     return not_built(*CONTROL_PROGRAMS, *BUILT_FOR_NODES)
 
 

@@ -5,7 +5,7 @@ Nodes reach each other's pods over the bridge itself, so the host forwards nothi
 
 from __future__ import annotations
 
-from tests.cluster import slots
+from tests.cluster import processors, slots
 from tests.cluster.layout import Layout, NodeLayout
 from tests.cluster.processes import run
 
@@ -25,7 +25,7 @@ def create_bridge(layout: Layout) -> None:
 
 
 def create_node(layout: Layout, node: NodeLayout) -> None:
-    """The node's namespaces, its cable and its routes."""
+    """The node's namespaces, its processors, its cable and its routes."""
     for path in (node.network_namespace, node.mount_namespace):
         path.touch()
     slots.make_folders(FIXED_FOLDERS)
@@ -34,6 +34,8 @@ def create_node(layout: Layout, node: NodeLayout) -> None:
         own = node.home / place.strip("/").replace("/", "-")
         own.mkdir(parents=True)
         script += f"mount --bind {own} {place}\n"
+    for name, folder in processors.describe(node.home / "processors", node.cpus).items():
+        script += f"mount --bind {folder} {processors.SYSTEM / name}\n"
     namespaces = [f"--net={node.network_namespace}", f"--mount={node.mount_namespace}"]
     run("unshare", *namespaces, "--propagation", "private", "sh", "-ec", script)
     run("ip", "link", "add", node.link, "type", "veth", "peer", "name", "eth0", "netns", node.network_namespace)

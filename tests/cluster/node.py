@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.cluster import cgroups, network
+from tests.cluster import cgroups, network, thin
 from tests.cluster.control_plane import Find
 from tests.cluster.credentials import Credentials
 from tests.cluster.layout import Layout, NodeLayout
@@ -63,6 +63,7 @@ class Node:
         for path, text in self._files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
+        thin.write_runtime(self.place.home, self.layout.kernels)
         self.containerd.start()
 
     def start(self) -> None:
@@ -144,6 +145,7 @@ snapshotter = "{snapshotter(existing[0])}"
 runtime_type = "io.containerd.runc.v2"
 
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+BinaryName = "{node.home}/runc"
 SystemdCgroup = false
 """
 

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tests.cluster.api import Api
-from tests.cluster.cluster import THIN_IMAGE
-from tests.cluster.images import thin_pod_spec
 from tests.cluster.processes import wait_until
+from tests.cluster.thin import THIN_IMAGE
 
 SERVER = ["python", "-u", "-m", "http.server", "8000", "--directory", "/tmp"]
 SLEEPER = ["python", "-c", "import signal; signal.pause()"]
@@ -23,8 +22,14 @@ def pod(
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": metadata,
-        "spec": thin_pod_spec(THIN_IMAGE, command, **container),
+        "spec": pod_spec(command, **container),
     }
+
+
+def pod_spec(command: list[str], **container: object) -> dict[str, Any]:
+    """The spec of a pod that runs `command` in the thin image. `container`: more of its container."""
+    main = {"name": "main", "image": THIN_IMAGE, "imagePullPolicy": "Never", "command": command, **container}
+    return {"terminationGracePeriodSeconds": 1, "automountServiceAccountToken": False, "containers": [main]}
 
 
 def spread_set(name: str, replicas: int) -> dict[str, Any]:
@@ -32,7 +37,7 @@ def spread_set(name: str, replicas: int) -> dict[str, Any]:
     labels = {"app": name}
     probe = {"httpGet": {"path": "/", "port": 8000}, "periodSeconds": 1}
     apart = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": labels}}
-    spec = thin_pod_spec(THIN_IMAGE, SERVER, readinessProbe=probe)
+    spec = pod_spec(SERVER, readinessProbe=probe)
     spec["affinity"] = {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [apart]}}
     return {
         "apiVersion": "apps/v1",

@@ -12,7 +12,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from tests.cluster import images, slots
+from tests.cluster import images, slots, thin, thin_runtime
 from tests.cluster.cgroups import hierarchies
 from tests.cluster.layout import SLOTS, Layout
 from tests.cluster.node import cni_config, containerd_config
@@ -46,7 +46,8 @@ def test_a_control_plane_alone_listens_on_loopback() -> None:
 
 def test_an_image_names_its_layer_and_configuration_by_their_content(tmp_path: Path) -> None:
     entries: dict[str, images.Entry] = {"tmp": 0o1777, "bin": images.Link("usr/bin"), "run": (b"#!", 0o755)}
-    archive = images.write_image(tmp_path / "a.tar", "arriero.test/a:1", entries, Entrypoint=["/run"])
+    image = images.Image("arriero.test/a:1", entries, {"Entrypoint": ["/run"]})
+    archive = images.write_images(tmp_path / "a.tar", image)
     with tarfile.open(archive) as tar:
         read = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
     (manifest,) = json.loads(read["manifest.json"])
@@ -58,19 +59,44 @@ def test_an_image_names_its_layer_and_configuration_by_their_content(tmp_path: P
         assert tar.getmember("tmp").isdir()
         assert tar.getmember("tmp").mode == 0o1777
         assert tar.getmember("bin").linkname == "usr/bin"
-    again = images.write_image(
-        tmp_path / "b.tar", "arriero.test/a:1", dict(reversed(entries.items())), Entrypoint=["/run"]
-    )
+    reordered = images.Image(image.name, dict(reversed(entries.items())), image.config)
+    again = images.write_images(tmp_path / "b.tar", reordered)
     assert again.read_bytes() == archive.read_bytes()
 
 
 def test_a_thin_image_sees_the_interpreter_and_the_project() -> None:
-    volumes, mounts = images.host_mounts()
-    places = [Path(mount["mountPath"]) for mount in mounts]
-    for needed in (sys.prefix, sys.base_prefix, Path(__file__).resolve()):
+    mounts = thin.mounts(Path("/kernels"))
+    places = [Path(mount["destination"]) for mount in mounts]
+    for needed in (sys.prefix, sys.base_prefix, Path(sys.executable).resolve(), Path(__file__).resolve()):
         assert any(Path(needed).is_relative_to(place) for place in places), needed
-    assert all(mount["readOnly"] for mount in mounts)
-    assert [volume["hostPath"]["path"] for volume in volumes] == [str(place) for place in places]
+    writable = [mount for mount in mounts if "ro" not in mount["options"]]
+    assert [(mount["source"], mount["destination"]) for mount in writable] == [("/kernels", str(thin.KERNELS))]
+    assert all(mount["source"] == mount["destination"] for mount in mounts if mount not in writable)
+
+
+def test_of_a_folder_that_is_its_owners_alone_the_parts_are_mounted(tmp_path: Path) -> None:
+    for name, mode in (("open", 0o755), ("closed", 0o700)):
+        (tmp_path / name).mkdir(mode=mode)
+    (tmp_path / "file").touch()
+    tmp_path.chmod(0o755)
+    assert thin.readable_parts(tmp_path) == [tmp_path]
+    tmp_path.chmod(0o700)
+    assert thin.readable_parts(tmp_path) == [tmp_path / "open"]
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["thin", "other"])
+def test_only_containers_of_thin_images_get_the_machines_folders(tmp_path: Path, marked: bool) -> None:
+    own = {"destination": "/tmp", "type": "bind", "source": "/volume"}
+    added = [{"destination": "/usr", "source": "/usr"}, {"destination": "/tmp", "source": "/tmp"}]
+    spec = {"process": {"env": ["A=b", *([thin_runtime.MARK] if marked else [])]}, "mounts": [own]}
+    (tmp_path / "config.json").write_text(json.dumps(spec))
+    (tmp_path / "mounts.json").write_text(json.dumps(added))
+    arguments = ["create", "--bundle", str(tmp_path), "a container"]
+    command = [sys.executable, "-IS", thin_runtime.__file__, str(tmp_path / "mounts.json"), "/bin/echo", *arguments]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == " ".join(arguments)
+    expected = [own, added[0]] if marked else [own]
+    assert json.loads((tmp_path / "config.json").read_text()) == {**spec, "mounts": expected}
 
 
 def test_cgroup_trees_are_found_under_both_versions(tmp_path: Path) -> None:

@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 from tests.cluster import kwok, slots, sweep
 from tests.cluster.api import Kubectl
-from tests.cluster.cluster import ROOT, THIN_IMAGE, Cluster, start_cluster
-from tests.cluster.images import thin_pod_spec
+from tests.cluster.cluster import ROOT, Cluster, start_cluster
 from tests.cluster.layout import Layout
 from tests.cluster.machine import program
-from tests.cluster.pods import SLEEPER
+from tests.cluster.pods import SLEEPER, pod_spec
 from tests.cluster.processes import wait_until
 
 pytestmark = pytest.mark.cluster
@@ -41,9 +40,8 @@ def owner(node_cluster: Cluster) -> Iterator[tuple[subprocess.Popen[bytes], Layo
 def run_a_pod(layout: Layout) -> None:
     """Something to leave behind: a container with volumes."""
     kubectl = Kubectl(program("kubectl"), layout.kubeconfig)
-    spec = thin_pod_spec(THIN_IMAGE, SLEEPER)
-    spec["volumes"].append({"name": "memory", "emptyDir": {"medium": "Memory"}})
-    spec["containers"][0]["volumeMounts"].append({"name": "memory", "mountPath": "/dev/shm"})
+    spec = pod_spec(SLEEPER, volumeMounts=[{"name": "memory", "mountPath": "/dev/shm"}])
+    spec["volumes"] = [{"name": "memory", "emptyDir": {"medium": "Memory"}}]
     spec["automountServiceAccountToken"] = True
     kubectl.apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "one"}, "spec": spec})
     kubectl("wait", "--for=condition=Ready", "pod/one", "--timeout=60s", timeout=90.0)
