@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from arriero_operator.autoscale import scale_of
 from arriero_operator.inspector import inspect
 from arriero_operator.model_volume import source_problem
 from arriero_operator.observe import Observed
@@ -67,4 +68,6 @@ def accept(observed: Observed, settings: Settings) -> Accepted:
         return Accepted(deployment, unplanned=str(error), reason="CannotFit")
     metadata = observed.resource["metadata"]
     created = str(metadata.get("creationTimestamp") or "")
-    return Accepted(deployment, wanted=Wanted(deployment, plan, observed.namespace, observed.uid, created, settings))
+    scale = scale_of(deployment.spec, observed)
+    wanted = Wanted(deployment, plan, observed.namespace, observed.uid, created, settings, scale)
+    return Accepted(deployment, wanted=wanted)

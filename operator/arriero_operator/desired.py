@@ -88,7 +88,10 @@ def desired(observed: Observed, settings: Settings) -> Desired:
     ]
     if status != (observed.resource.get("status") or {}):
         writes.append(SetStatus(status))
-    return Desired(tuple(writes), tuple(_drains(groups, steps, accepted)), _again(observed, steps, waiting, settings))
+    again = [
+        limit for limit in (_again(observed, steps, waiting, settings), wanted and wanted.scale.again_after) if limit
+    ]
+    return Desired(tuple(writes), tuple(_drains(groups, steps, accepted)), min(again, default=None))
 
 
 def _waiting(observed: Observed) -> list[Gang]:

@@ -189,6 +189,10 @@ class Observed:
     """What `placement.place` says of all waiting groups of the cluster, where one placement is shared by many passes;
     None: the pass decides by itself, from `others` and `nodes`.
     """
+    held: int = 0
+    """Requests that routers hold because no replica takes them."""
+    told: bool = True
+    """Whether every router and every leader that serves has been heard: the load is not less than it looks."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """What the API server would not take when it was written last, by "Kind name", and why."""
 

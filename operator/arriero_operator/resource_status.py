@@ -87,6 +87,14 @@ class Endpoint(_Part):
     grpc: Word = Field(description="the gRPC face, host:port")
 
 
+class AutoscalingStatus(_Part):
+    """What the load asks for."""
+
+    replicas: Count = Field(description="replicas wanted now")
+    lower: Count | None = Field(default=None, description="replicas that have been enough since `lowerSince`")
+    lower_since: Time | None = Field(default=None, description="since when fewer are enough")
+
+
 class DeploymentStatus(_Part):
     """What is observed; written by the operator only."""
 
@@ -102,6 +110,7 @@ class DeploymentStatus(_Part):
     ready_replicas: Count = Field(default=0, description="groups that answer requests")
     updated_replicas: Count = Field(default=0, description="groups of the present revision")
     ready: Word = Field(default="0/0", description="groups that answer requests, of those wanted")
+    autoscaling: AutoscalingStatus | None = Field(default=None, description="what the load asks for")
     revision: Word | None = Field(default=None, description="what new pods are made with")
     selector: Annotated[str, Field(max_length=1024)] = Field(default="", description="label selector of worker pods")
     endpoint: Endpoint | None = Field(default=None, description="where clients ask, inside the cluster")

@@ -15,6 +15,7 @@ _USER = 65532
 _AFTER_DRAIN = 15
 # Endpoints stop naming a terminating pod a moment after it was told to end; kube-proxy needs that moment.
 _LEAVE_SECONDS = 5
+_WAKE_SECONDS = 900
 
 
 def deployment_objects(wanted: Wanted) -> list[dict[str, Any]]:
@@ -50,7 +51,10 @@ def leaders_service(wanted: Wanted) -> dict[str, Any]:
 def router_settings(wanted: Wanted) -> dict[str, Any]:
     """What `arriero-router --config` reads."""
     spec = wanted.deployment.spec
+    from_zero = spec.autoscaling is not None and spec.autoscaling.min_replicas == 0
     return {
+        # Who wakes a deployment from zero waits for its pods and its weights.
+        **({"hold": {"timeoutSeconds": _WAKE_SECONDS}} if from_zero else {}),
         "models": [
             {
                 "name": spec.model.name,

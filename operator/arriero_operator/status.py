@@ -10,9 +10,16 @@ from arriero_operator.conditions import conditions_of
 from arriero_operator.group_status import phase_of, problem_of, progress_of, ranks_of
 from arriero_operator.groups import Group
 from arriero_operator.observe import Object, Observed, timestamp
-from arriero_operator.resource_status import DeploymentStatus, Endpoint, GroupStatus, Phase, PlanStatus
+from arriero_operator.resource_status import (
+    AutoscalingStatus,
+    DeploymentStatus,
+    Endpoint,
+    GroupStatus,
+    Phase,
+    PlanStatus,
+)
 from arriero_operator.situation import Situation
-from arriero_operator.wanted import digest
+from arriero_operator.wanted import Wanted, digest
 from arriero_operator.writes import Emit
 from arriero_plan.plan import Plan
 
@@ -43,6 +50,7 @@ def status_of(situation: Situation) -> dict[str, Any]:
         ready_replicas=ready,
         updated_replicas=sum(group.live and group.revision == situation.revision for group in situation.groups),
         ready=f"{ready}/{situation.replicas}",
+        autoscaling=_autoscaling(accepted.wanted) if accepted.wanted else None,
         revision=situation.revision or None,
         selector=",".join(f"{key}={value}" for key, value in selector.items()),
         endpoint=_endpoint(observed) if accepted.wanted else None,
@@ -117,6 +125,14 @@ def _plan_status(plan: Plan) -> PlanStatus:
         max_context=plan.max_context,
         kv_tokens=plan.kv_tokens,
     )
+
+
+def _autoscaling(wanted: Wanted) -> AutoscalingStatus | None:
+    if wanted.deployment.spec.autoscaling is None:
+        return None
+    scale = wanted.scale
+    since = timestamp(scale.lower_since) if scale.lower_since is not None else None
+    return AutoscalingStatus(replicas=scale.replicas, lower=scale.lower, lower_since=since)
 
 
 def _endpoint(observed: Observed) -> Endpoint:

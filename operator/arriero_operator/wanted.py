@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from arriero_operator import names
+from arriero_operator.autoscale import Scale
 from arriero_operator.settings import Settings
 from arriero_plan.plan import Plan
 from arriero_plan.resource import API_VERSION, KIND, LlamaDeployment
@@ -28,6 +29,7 @@ class Wanted:
     created: str
     """When the resource was created, as the API wrote it."""
     settings: Settings
+    scale: Scale
 
     @property
     def name(self) -> str:
@@ -35,11 +37,8 @@ class Wanted:
 
     @property
     def replicas(self) -> int:
-        """Groups wanted; while there is autoscaling, within its bounds."""
-        spec = self.deployment.spec
-        if spec.autoscaling is None:
-            return spec.replicas
-        return min(max(spec.replicas, spec.autoscaling.min_replicas), spec.autoscaling.max_replicas)
+        """Groups wanted."""
+        return self.scale.replicas
 
     def child(
         self,

@@ -224,6 +224,9 @@ class Autoscaling(_Part):
     target_running_per_replica: int = Field(
         default=64, ge=1, le=65536, description="running requests that one replica should have"
     )
+    scale_down_seconds: int = Field(
+        default=300, ge=0, le=86_400, description="how long fewer replicas must have been enough before any goes"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Autoscaling:
@@ -303,7 +306,9 @@ class Spec(_Part):
     parallelism: Parallelism = Field(default_factory=Parallelism, description="how one replica is cut")
     accelerator: Accelerator = Field(description="the devices that ranks run on")
     router: Router = Field(default_factory=Router, description="the router in front of the replicas")
-    autoscaling: Autoscaling | None = Field(default=None, description="let replicas follow the load")
+    autoscaling: Autoscaling | None = Field(
+        default=None, description="let the number of replicas follow the load; `replicas` is where it begins"
+    )
     rollout: Rollout = Field(default_factory=Rollout, description="how replicas are replaced")
     placement: Placement | None = Field(default=None, description="where the pods of one group go")
     engine: Engine = Field(default_factory=Engine, description="limits of one replica's engine")

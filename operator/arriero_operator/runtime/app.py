@@ -63,6 +63,7 @@ class App:
                 await informer.synced.wait()
             log.info("the cluster is in view: %d nodes, %d pods", *map(self._rounds.store.count, ("Node", "Pod")))
             tasks.create_task(self._rounds.run(self._writer))
+            tasks.create_task(self._rounds.held.run())
             tasks.create_task(self._prune())
             tasks.create_task(self._watch_deployments())
         # Never reached: none of these tasks ends by itself.

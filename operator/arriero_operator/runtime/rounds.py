@@ -10,15 +10,16 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from arriero_operator import names
 from arriero_operator.desired import Desired, desired
-from arriero_operator.observe import Object, Observed
+from arriero_operator.observe import Object, Observed, Pod
 from arriero_operator.placement import gangs, place
 from arriero_operator.runtime import gauges, metrics
 from arriero_operator.runtime.api import ApiError
+from arriero_operator.runtime.held import Held
 from arriero_operator.runtime.kinds import DEPLOYMENT
 from arriero_operator.runtime.statuses import Statuses
 from arriero_operator.runtime.store import Key, Store, key_of, matters, owner_of
@@ -45,6 +46,7 @@ class Rounds:
         """now: seconds since 1970. writers: how many deployments are written to at a time."""
         self.store = Store(self._changed)
         self.statuses = Statuses(self._heard)
+        self.held = Held(self._routers, self.wake)
         self.last_round = time.monotonic()
         self._settings = settings
         self._now = now
@@ -128,16 +130,20 @@ class Rounds:
         begun = time.perf_counter()
         pods = self.store.pods_of(key)
         outcome = self._outcomes.get(key, Outcome())
+        reports = self.statuses.reports(pods)
+        held, told = self.held.of(pods)
         observed = Observed(
             resource=resource,
             objects=(*self.store.members(key), *outcome.taken),
             pods=tuple(pods),
             others=(),
             nodes=self.store.nodes,
-            reports=self.statuses.reports(pods),
+            reports=reports,
             config=None,
             now=self._now(),
             verdicts=verdicts,
+            held=held,
+            told=told and all(pod.name in reports for pod in pods if pod.ready and pod.group and not pod.index),
             refused=outcome.refused,
         )
         decision = desired(observed, self._settings)
@@ -246,6 +252,14 @@ class Rounds:
         concerned = key_of(seen) if kind == DEPLOYMENT.name else owner_of(seen)
         if concerned is not None and matters(kind, old, new):
             self.wake(concerned)
+
+    def _routers(self) -> Iterator[Pod]:
+        """Router pods of deployments that follow their load."""
+        for resource in self.store.all(DEPLOYMENT.name):
+            if (resource.get("spec") or {}).get("autoscaling"):
+                yield from (
+                    p for p in self.store.pods_of(key_of(resource)) if p.labels.get(names.COMPONENT) == names.ROUTER
+                )
 
     def _heard(self, pod: Key) -> None:
         known = self.store.pod(pod)
