@@ -17,6 +17,7 @@ class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PHASE_SERVING: _ClassVar[Phase]
     PHASE_DRAINING: _ClassVar[Phase]
     PHASE_FAILED: _ClassVar[Phase]
+    PHASE_DOWNLOADING: _ClassVar[Phase]
 PHASE_UNSPECIFIED: Phase
 PHASE_STARTING: Phase
 PHASE_LOADING: Phase
@@ -25,6 +26,7 @@ PHASE_JOINING: Phase
 PHASE_SERVING: Phase
 PHASE_DRAINING: Phase
 PHASE_FAILED: Phase
+PHASE_DOWNLOADING: Phase
 
 class JoinRequest(_message.Message):
     __slots__ = ("hello", "ready", "status", "broken", "formed", "leave")
@@ -167,7 +169,7 @@ class StatusResponse(_message.Message):
     def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., recoveries: _Optional[int] = ..., reason: _Optional[str] = ..., run: _Optional[str] = ...) -> None: ...
 
 class RankStatus(_message.Message):
-    __slots__ = ("rank", "pod", "phase", "epoch", "step", "bytes_loaded", "bytes_total", "memory_bytes", "reason", "phase_seconds")
+    __slots__ = ("rank", "pod", "phase", "epoch", "step", "bytes_loaded", "bytes_total", "memory_bytes", "reason", "phase_seconds", "bytes_per_second")
     RANK_FIELD_NUMBER: _ClassVar[int]
     POD_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -178,6 +180,7 @@ class RankStatus(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     PHASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     rank: int
     pod: int
     phase: Phase
@@ -188,7 +191,8 @@ class RankStatus(_message.Message):
     memory_bytes: int
     reason: str
     phase_seconds: float
-    def __init__(self, rank: _Optional[int] = ..., pod: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., bytes_loaded: _Optional[int] = ..., bytes_total: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., reason: _Optional[str] = ..., phase_seconds: _Optional[float] = ...) -> None: ...
+    bytes_per_second: int
+    def __init__(self, rank: _Optional[int] = ..., pod: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., bytes_loaded: _Optional[int] = ..., bytes_total: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., reason: _Optional[str] = ..., phase_seconds: _Optional[float] = ..., bytes_per_second: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("timeout_seconds",)
