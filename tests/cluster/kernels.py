@@ -38,9 +38,10 @@ def compiled() -> Path:
 
 
 def stamp() -> str:
-    """Names the checkout, the state of its worker's sources, and what compiles them."""
+    """Names the checkout, the state of the sources that numba compiles, and what compiles them."""
     digest = hashlib.sha256(f"{PROJECT} {sys.version} {version('numba')} {version('torch')}".encode())
-    for source in sorted((PROJECT / "worker").rglob("*.py")):
+    worker = PROJECT / "worker" / "arriero_worker"
+    for source in sorted((*worker.glob("model/cpu/*.py"), *worker.glob("runner/*.py"), worker / "group" / "reduce.py")):
         status = source.stat()
         digest.update(f"{source} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
