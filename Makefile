@@ -8,10 +8,10 @@ DEPLOYMENT ?= examples/tiny-llama.yaml
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup serve test lint types contracts format proto lock bench hooks clean
+.PHONY: help setup serve test cluster cluster-down lint types contracts format proto lock bench hooks clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## build .venv from requirements.lock, again only when it or pyproject.toml changed
 
@@ -22,8 +22,16 @@ $(READY): requirements.lock pyproject.toml tools/setup.sh
 serve: $(READY) ## serve the tiny Llama of examples/ in the foreground (another: DEPLOYMENT=file.yaml)
 	@exec $(BIN)/arriero up $(DEPLOYMENT)
 
-test: lint types contracts ## everything that this machine can check
-	$(BIN)/pytest
+test: lint types contracts ## everything that this machine can check (CLUSTER=1: on a Kubernetes cluster, too)
+	$(BIN)/pytest $(if $(CLUSTER),--cluster)
+
+cluster: $(READY) ## a real two-node Kubernetes cluster on this machine (root)
+	tools/cluster/packages.sh
+	$(BIN)/python tools/cluster/build.py
+	@$(BIN)/python -m tests.cluster up
+
+cluster-down: $(READY) ## end it
+	$(BIN)/python -m tests.cluster down
 
 lint: $(READY) ## style, of the code and of the wire
 	$(BIN)/ruff format --check .
