@@ -159,6 +159,7 @@ class Rank:
                 recoveries=status.recoveries,
                 draining=scheduler.draining,
                 run=status.run,
+                tokens_per_second=status.tokens_per_second,
             )
 
         engine = Engine(scheduler, Model(settings.max_context, stage.shape.vocab_size), publish)

@@ -148,7 +148,7 @@ def test_status_tells_every_ranks_truth(pods: list[Pod]) -> None:
     first = next(stream)
     assert (first.phase, first.run) == (pb.PHASE_STARTING, "")
     numbers = {"running": 3, "waiting": 2, "kv_blocks": 10, "kv_blocks_used": 4, "recoveries": 0, "run": 2**60 + 7}
-    pods[0].memory.write_engine(**numbers, draining=False)
+    pods[0].memory.write_engine(**numbers, draining=False, tokens_per_second=12.5)
     loading = pb.RankStatus(rank=1, pod=1, phase=pb.PHASE_LOADING, bytes_loaded=5, bytes_total=9)
     ranks[0].say(status=pb.RankStatus(rank=0, pod=0, phase=pb.PHASE_SERVING, epoch=1, step=12))
     ranks[1].say(status=loading)
@@ -156,7 +156,7 @@ def test_status_tells_every_ranks_truth(pods: list[Pod]) -> None:
     assert [rank.phase for rank in status.ranks] == [pb.PHASE_SERVING, pb.PHASE_LOADING]
     assert status.ranks[1] == loading
     assert (status.running, status.waiting, status.kv_blocks, status.kv_blocks_used) == (3, 2, 10, 4)
-    assert status.run == str(2**60 + 7)
+    assert (status.run, status.tokens_per_second) == (str(2**60 + 7), 12.5)
     ranks[1].say(status=pb.RankStatus(rank=1, pod=1, phase=pb.PHASE_FAILED, reason="model.safetensors is truncated"))
     status = next(s for s in stream if s.phase == pb.PHASE_FAILED)
     assert status.reason == "model.safetensors is truncated"

@@ -58,32 +58,32 @@ def launch(http_port: int) -> Launch:
     return bare.model_copy(update={"pods": pods})
 
 
-def check(health: PodHealth, service: str) -> int:
-    return int(health.Check(health_pb2.HealthCheckRequest(service=service), None).status)
+async def check(health: PodHealth, service: str) -> int:
+    return int((await health.Check(health_pb2.HealthCheckRequest(service=service), None)).status)
 
 
 @pytest.mark.parametrize("phase", [pb.PHASE_STARTING, pb.PHASE_LOADING, pb.PHASE_JOINING, pb.PHASE_DRAINING])
-def test_only_a_group_that_serves_is_ready_but_any_is_alive(face: Face, phase: int) -> None:
+async def test_only_a_group_that_serves_is_ready_but_any_is_alive(face: Face, phase: int) -> None:
     now = [phase]
     for pod in (0, 1):
         health = PodHealth(launch(face.port), pod, lambda: pb.StatusResponse(phase=now[0]))
-        assert check(health, "readiness") == NOT_SERVING
-        assert check(health, "liveness") == check(health, "") == SERVING
+        assert await check(health, "readiness") == NOT_SERVING
+        assert await check(health, "liveness") == await check(health, "") == SERVING
         now[0] = pb.PHASE_SERVING
-        assert check(health, "readiness") == SERVING
+        assert await check(health, "readiness") == SERVING
         now[0] = phase
 
 
-def test_a_leader_is_ready_when_its_face_is_and_others_have_none(face: Face) -> None:
+async def test_a_leader_is_ready_when_its_face_is_and_others_have_none(face: Face) -> None:
     def serving() -> pb.StatusResponse:
         return pb.StatusResponse(phase=pb.PHASE_SERVING)
 
     face.status = 503
-    assert check(PodHealth(launch(face.port), 0, serving), "readiness") == NOT_SERVING
-    assert check(PodHealth(launch(face.port), 1, serving), "readiness") == SERVING
+    assert await check(PodHealth(launch(face.port), 0, serving), "readiness") == NOT_SERVING
+    assert await check(PodHealth(launch(face.port), 1, serving), "readiness") == SERVING
     nobody = launch(free_port())
-    assert check(PodHealth(nobody, 0, serving), "readiness") == NOT_SERVING
-    assert check(PodHealth(launch(0), 0, serving), "readiness") == SERVING
+    assert await check(PodHealth(nobody, 0, serving), "readiness") == NOT_SERVING
+    assert await check(PodHealth(launch(0), 0, serving), "readiness") == SERVING
 
 
 def test_the_control_port_answers_probes() -> None:

@@ -29,6 +29,7 @@ from arriero_worker.engine.messages import (
     Submit,
     ToEngine,
 )
+from arriero_worker.engine.rate import Rate
 from arriero_worker.engine.scheduler import Scheduler
 from arriero_worker.engine.step import StepPlan, StepResult
 
@@ -83,6 +84,7 @@ class Engine:
         self._epoch = 0
         self._recoveries = 0
         self._steps = 0
+        self._rate = Rate()
         self._phase: Phase = "Joining"
         self._told = 0.0
         self._live: set[int] = set()
@@ -212,6 +214,7 @@ class Engine:
             return
         self._told = now
         stats = self._scheduler.stats
+        self._rate.tell(now, stats.generated_tokens)
         status = EngineStatus(
             phase="Draining" if self._scheduler.draining and self._phase == "Serving" else self._phase,
             epoch=self._epoch,
@@ -228,6 +231,7 @@ class Engine:
             recoveries=self._recoveries,
             ranks=self.ranks,
             run=self.run,
+            tokens_per_second=self._rate.per_second,
         )
         self._publish(status)
         self._send(status)

@@ -178,6 +178,8 @@ class EngineStatus(msgspec.Struct, tag=True, array_like=True):
     reason: str = ""
     run: int = 0
     """When the engine was started, in nanoseconds since 1970: it names this life of it."""
+    tokens_per_second: float = 0.0
+    """Tokens sampled, over the last ten seconds."""
 
 
 class Drain(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -7,8 +7,9 @@ group serves and its HTTP face says so; on other pods their own ranks serve.
 
 from __future__ import annotations
 
-import http.client
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import Callable
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -18,6 +19,7 @@ from arriero_plan.launch import Launch
 
 LIVENESS, READINESS = "liveness", "readiness"
 _FACE_SECONDS = 1.0
+_QUESTION = b"GET /health/ready HTTP/1.1\r\nhost: leader\r\nconnection: close\r\n\r\n"
 
 
 class PodHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untyped
@@ -28,30 +30,30 @@ class PodHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # untype
         self._host = "127.0.0.1" if launch.bind_address == "0.0.0.0" else launch.bind_address
         self._face_port = launch.pods[pod].http_port if 0 in launch.pods[pod].ranks else 0
 
-    def Check(
-        self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
-    ) -> health_pb2.HealthCheckResponse:
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:
         if request.service not in ("", LIVENESS, READINESS):
-            context.abort(grpc.StatusCode.NOT_FOUND, f"expected {LIVENESS} or {READINESS}, found {request.service!r}")
-        serving = request.service != READINESS or self._ready()
+            await context.abort(
+                grpc.StatusCode.NOT_FOUND, f"expected {LIVENESS} or {READINESS}, found {request.service!r}"
+            )
+        serving = request.service != READINESS or await self._ready()
         answer = health_pb2.HealthCheckResponse
         return answer(status=answer.SERVING if serving else answer.NOT_SERVING)
 
-    def Watch(
-        self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
-    ) -> Iterator[health_pb2.HealthCheckResponse]:
-        context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask Status of arriero.inference.v1.Worker, which streams")
-        yield health_pb2.HealthCheckResponse()
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask Status of arriero.inference.v1.Worker, which streams")
 
-    def _ready(self) -> bool:
-        return self._status().phase == pb.PHASE_SERVING and (not self._face_port or self._face_answers())
+    async def _ready(self) -> bool:
+        return self._status().phase == pb.PHASE_SERVING and (not self._face_port or await self._face_answers())
 
-    def _face_answers(self) -> bool:
-        connection = http.client.HTTPConnection(self._host, self._face_port, timeout=_FACE_SECONDS)
+    async def _face_answers(self) -> bool:
         try:
-            connection.request("GET", "/health/ready")
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
+            async with asyncio.timeout(_FACE_SECONDS):
+                reader, writer = await asyncio.open_connection(self._host, self._face_port)
+                try:
+                    writer.write(_QUESTION)
+                    line = await reader.readline()
+                finally:
+                    writer.transport.abort()
+        except (OSError, ValueError):  # TimeoutError among them; ValueError: a line without an end
             return False
-        finally:
-            connection.close()
+        return line.split(b" ", 2)[1:2] == [b"200"]

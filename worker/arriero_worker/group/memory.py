@@ -15,18 +15,31 @@ import mmap
 import os
 import struct
 import time
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from arriero_worker.engine.messages import Phase, RankStatus
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 _REASON_BYTES = 400
 _RANK_BYTES = 512
-_ENGINE = struct.Struct("<7q")
+_ENGINE = struct.Struct("<7qd")
 _RANK = struct.Struct("<q5qqd")  # phase, epoch, step, loaded, total, memory, heartbeat (monotonic ns), phase since
 
 RING_BYTES = 8 << 20
 SLOT_BYTES = 4 << 20
+
+
+class EngineNumbers(NamedTuple):
+    """What the leader's engine wrote last; zeros before that."""
+
+    running: int
+    waiting: int
+    kv_blocks: int
+    kv_blocks_used: int
+    recoveries: int
+    run: int
+    draining: int
+    tokens_per_second: float
 
 
 class PodMemory:
@@ -76,13 +89,13 @@ class PodMemory:
         recoveries: int,
         draining: bool,
         run: int = 0,
+        tokens_per_second: float = 0.0,
     ) -> None:
-        numbers = (running, waiting, kv_blocks, kv_blocks_used, recoveries, run, int(draining))
+        numbers = (running, waiting, kv_blocks, kv_blocks_used, recoveries, run, int(draining), tokens_per_second)
         _ENGINE.pack_into(self.map, 1024, *numbers)
 
-    def read_engine(self) -> tuple[int, int, int, int, int, int, int]:
-        """running, waiting, kv_blocks, kv_blocks_used, recoveries, run, draining."""
-        return _ENGINE.unpack_from(self.map, 1024)
+    def read_engine(self) -> EngineNumbers:
+        return EngineNumbers(*_ENGINE.unpack_from(self.map, 1024))
 
     def write_rank(self, index: int, status: RankStatus, since: float) -> None:
         """`index` counts the pod's ranks; `since` is the monotonic time of entry into the present phase."""

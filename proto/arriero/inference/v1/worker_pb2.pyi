@@ -145,7 +145,7 @@ class StatusRequest(_message.Message):
     def __init__(self, once: _Optional[bool] = ...) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("phase", "epoch", "ranks", "running", "waiting", "kv_blocks", "kv_blocks_used", "recoveries", "reason", "run")
+    __slots__ = ("phase", "epoch", "ranks", "running", "waiting", "kv_blocks", "kv_blocks_used", "recoveries", "reason", "run", "tokens_per_second")
     PHASE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
@@ -156,6 +156,7 @@ class StatusResponse(_message.Message):
     RECOVERIES_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     phase: Phase
     epoch: int
     ranks: _containers.RepeatedCompositeFieldContainer[RankStatus]
@@ -166,7 +167,8 @@ class StatusResponse(_message.Message):
     recoveries: int
     reason: str
     run: str
-    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., recoveries: _Optional[int] = ..., reason: _Optional[str] = ..., run: _Optional[str] = ...) -> None: ...
+    tokens_per_second: float
+    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., recoveries: _Optional[int] = ..., reason: _Optional[str] = ..., run: _Optional[str] = ..., tokens_per_second: _Optional[float] = ...) -> None: ...
 
 class RankStatus(_message.Message):
     __slots__ = ("rank", "pod", "phase", "epoch", "step", "bytes_loaded", "bytes_total", "memory_bytes", "reason", "phase_seconds", "bytes_per_second")
