@@ -17,6 +17,7 @@ PHASE_WORDS = {
     pb.PHASE_SERVING: "serving",
     pb.PHASE_DRAINING: "draining",
     pb.PHASE_FAILED: "failed",
+    pb.PHASE_DOWNLOADING: "downloading",
 }
 
 _STEPS = 4  # a line for each quarter of the weights where lines cannot be rewritten

@@ -10,6 +10,8 @@ from arriero_operator.resource_status import Condition, GroupStatus
 from arriero_operator.situation import Situation
 
 _LOADED = ("Joining", "Serving", "Recovering", "Draining")
+_TOLD = ("Downloading", "Loading", "Failed")
+"""Phases that say themselves how far the model is, or why it is not."""
 _LIMIT = 32768
 
 
@@ -112,8 +114,9 @@ def _loaded(situation: Situation, groups: Sequence[GroupStatus]) -> _Said:
     loading = [group for group in groups if group.phase not in _LOADED]
     if loading:
         group = loading[0]
-        told = f" {group.message}" if group.message and group.phase == "Loading" else f" is {group.phase.lower()}"
-        return _Said("ModelLoaded", "False", "Loading", f"{group.name}:{told}")
+        told = group.message if group.message and group.phase in _TOLD else f"is {group.phase.lower()}"
+        reason = group.phase if group.phase in _TOLD else "Loading"
+        return _Said("ModelLoaded", "False", reason, f"{group.name}: {told}")
     return _Said("ModelLoaded", "True", "Loaded", "every rank has its weights")
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from arriero_operator import names
 from arriero_operator.groups import Group
 from arriero_operator.observe import Object, Pod, RankReport, condition
-from arriero_operator.resource_status import GroupPhase, RankStatus
+from arriero_operator.resource_status import DownloadStatus, GroupPhase, RankStatus
 
 _STEP = 20  # parts in which the progress of loading is told: each is a write
-_ETAS = (5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 300, 450, 600, 900, 1200, 1800, 2700, 3600)
+_ETAS = (
+    *(5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 300, 450, 600, 900, 1200, 1800, 2700, 3600),
+    *(5400, 7200, 10800, 14400, 21600, 43200, 86400),
+)
 _WAITS = (
     "ImagePullBackOff",
     "ErrImagePull",
@@ -21,6 +25,8 @@ _WAITS = (
     "CreateContainerError",
     "RunContainerError",
 )
+_BYTES = ("Downloading", "Loading")  # phases that count bytes
+_STOPPED = 143  # exit code of a download that was told to stop
 _UNUSABLE = 3  # arriero_faces.process.EXIT_UNUSABLE: the worker can never run as it was launched
 
 
@@ -37,11 +43,15 @@ def phase_of(group: Group, problem: str) -> GroupPhase:
         return "Serving"
     if any(pod.gated for pod in group.pods) or (group.gated and not group.pods):
         return "Waiting"
+    if report is not None and report.phase == "Serving" and group.complete and not group.lost:
+        return "Joining"  # its pod's readiness, and with it its endpoint, follows in a moment
     was_whole = not group.gated
     if (report is not None and report.epoch > 0) or (was_whole and (group.lost or not group.placed)):
         return "Recovering"
     if problem and not group.lost:
         return "Failed"
+    if group.downloads or any(_downloads(pod) for pod in group.pods):
+        return "Downloading"
     match report.phase if report is not None else "":
         case "Loading":
             return "Loading"
@@ -73,7 +83,9 @@ def _pod_problems(pod: Pod) -> Iterator[str]:
         waiting = (entry.get("state") or {}).get("waiting") or {}
         ended = _ended(entry)
         words = str(ended.get("message") or "").strip()
-        if ended.get("exitCode") == _UNUSABLE:
+        if entry.get("name") == names.DOWNLOAD and ended.get("exitCode", 0) not in (0, _STOPPED):
+            yield f"pod {pod.name}: the model cannot be fetched: {words or ended.get('reason') or 'see its log'}"
+        elif ended.get("exitCode") == _UNUSABLE:
             yield f"pod {pod.name}: the model cannot be run: {words or 'see its log'}"
         elif waiting.get("reason") in _WAITS:
             said = words or waiting.get("message") or ""
@@ -92,8 +104,45 @@ def _ended(entry: Mapping[str, Any]) -> Object:
     return state.get("terminated") or (entry.get("lastState") or {}).get("terminated") or {}
 
 
+def _downloads(pod: Pod) -> bool:
+    """Whether it is fetching the model, as far as the kubelet can tell."""
+    statuses = (pod.raw.get("status") or {}).get("initContainerStatuses") or []
+    return any(entry.get("name") == names.DOWNLOAD and (entry.get("state") or {}).get("running") for entry in statuses)
+
+
+def download_of(group: Group) -> DownloadStatus | None:
+    """How far the pods are that fetch the model; None where none says so."""
+    if not group.downloads:
+        return None
+    etas = [eta_of(rank) for rank in group.downloads]
+    known = [eta for eta in etas if eta is not None]
+    return DownloadStatus(
+        pods=len(group.downloads),
+        bytes_fetched=sum(_stepped(rank) for rank in group.downloads),
+        bytes_total=sum(rank.bytes_total for rank in group.downloads),
+        eta_seconds=max(known) if len(known) == len(etas) else None,
+    )
+
+
+def _download_words(download: DownloadStatus) -> str:
+    done, total = download.bytes_fetched / 2**30, download.bytes_total / 2**30
+    where = f" in {download.pods} pods" if download.pods > 1 else ""
+    left = f", {_time(download.eta_seconds)} left" if download.eta_seconds is not None else ""
+    return f"downloading {done:.1f} of {total:.1f} GiB{where}{left}"
+
+
+def _time(seconds: int) -> str:
+    if seconds < 120:
+        return f"{seconds} s"
+    return f"{seconds / 60:g} min" if seconds < 7200 else f"{seconds / 3600:g} h"
+
+
 def progress_of(group: Group) -> str:
-    """As "34% of 131.2 GiB, about 45 s left", while weights are being read; else empty."""
+    """As "34% of 131.2 GiB, about 45 s left" while weights are being read, and before that as "downloading 3.1 of 16.1
+    GiB, 2 min left"; else empty.
+    """
+    if (download := download_of(group)) is not None:
+        return _download_words(download)
     ranks = group.report.ranks if group.report else ()
     total, loaded = sum(rank.bytes_total for rank in ranks), sum(_stepped(rank) for rank in ranks)
     if not total or not any(rank.phase == "Loading" for rank in ranks):
@@ -121,20 +170,26 @@ def ranks_of(group: Group) -> list[RankStatus]:
             reason=rank.reason[:4096] or None,
         )
         for rank in group.report.ranks
+        if rank.phase != "Downloading"
     ]
 
 
 def eta_of(rank: RankReport) -> int | None:
-    """Seconds until the rank's weights are there, at the speed so far, rounded up generously; None where unknown."""
-    if rank.phase != "Loading" or not rank.bytes_loaded or not rank.phase_seconds or not rank.bytes_total:
+    """Seconds until its bytes are there, at the speed of late or else so far, rounded up generously; None where
+    unknown.
+    """
+    if rank.phase not in _BYTES or not rank.bytes_total:
         return None
-    seconds = (rank.bytes_total - rank.bytes_loaded) * rank.phase_seconds / rank.bytes_loaded
+    speed = rank.bytes_per_second or (rank.bytes_loaded / rank.phase_seconds if rank.phase_seconds else 0)
+    if not speed:
+        return None
+    seconds = (rank.bytes_total - rank.bytes_loaded) / speed
     return next((eta for eta in _ETAS if seconds <= eta), _ETAS[-1])
 
 
 def _stepped(rank: RankReport) -> int:
     step = max(1, rank.bytes_total // _STEP)
-    return min(rank.bytes_loaded // step * step, rank.bytes_total) if rank.phase == "Loading" else rank.bytes_total
+    return min(rank.bytes_loaded // step * step, rank.bytes_total) if rank.phase in _BYTES else rank.bytes_total
 
 
 def _pods(count: int) -> str:

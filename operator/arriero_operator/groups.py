@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from arriero_operator import names
-from arriero_operator.observe import Node, Object, Observed, Pod, Report, seconds_of
+from arriero_operator.observe import Node, Object, Observed, Pod, RankReport, Report, seconds_of
 
 _SERVED = ("Serving", "Draining")
 
@@ -32,6 +32,8 @@ class Group:
     """What its leader's pod says."""
     lost: frozenset[str]
     """Names of its pods on nodes that are lost."""
+    downloads: tuple[RankReport, ...] = ()
+    """What those of its pods say that are still fetching the model."""
 
     @property
     def leader(self) -> Pod | None:
@@ -123,6 +125,12 @@ def _group(observed: Observed, name: str, seen: Object | None, pods: list[Pod], 
         gated=any(gate.get("name") == names.GATE for gate in template.get("schedulingGates") or []),
         pods=tuple(pods),
         report=observed.reports.get(leader),
+        downloads=tuple(
+            rank
+            for pod in pods
+            if (told := observed.reports.get(pod.name)) is not None and told.phase == "Downloading"
+            for rank in told.ranks
+        ),
         lost=frozenset(pod.name for pod in pods if pod.name in lost),
     )
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from arriero_operator import names
-from arriero_operator.model_volume import MODEL_DIRECTORY, model_parts
+from arriero_operator.model_volume import MODEL_DIRECTORY, ModelParts, model_parts
 from arriero_operator.observe import Object, Pod
+from arriero_operator.overlay import merge
 from arriero_operator.settings import Settings
 from arriero_operator.wanted import digest
 from arriero_plan.known import known_config
@@ -23,6 +24,8 @@ SOURCE = names.PREFIX + "source"
 """On the inspector: digest of the source that it looks into."""
 _MESSAGE_LIMIT = 4096  # bytes that the kubelet keeps
 _LAST_WORDS = "/dev/termination-log"
+_SHARED = ("nodeSelector", "tolerations", "serviceAccountName", "imagePullSecrets", "hostAliases", "dnsConfig")
+"""Of spec.podTemplate: where a worker pod may run, and what it reaches a model with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +69,13 @@ def _looks_into(pod: Pod, deployment: LlamaDeployment) -> bool:
 
 
 def _last_words(pod: Pod) -> Inspection:
-    statuses = (pod.raw.get("status") or {}).get("containerStatuses") or []
+    status = pod.raw.get("status") or {}
+    statuses = status.get("containerStatuses") or []
     state: Mapping[str, Any] = (statuses[0].get("state") or {}) if statuses else {}
+    for entry in status.get("initContainerStatuses") or []:
+        told = entry.get("state") or {}
+        if (told.get("terminated") or {}).get("exitCode") != 0:  # the container after it waits, and cannot say for what
+            state = told
     ended = state.get("terminated")
     if ended is None:
         reason = (state.get("waiting") or {}).get("reason")
@@ -92,9 +100,10 @@ def inspector_pod(deployment: LlamaDeployment, namespace: str, uid: str, setting
     """A pod that ends with config.json as its termination message. It asks for no device and runs where it can."""
     model = model_parts(deployment.spec.model.source, settings)
     template = deployment.spec.pod_template.get("spec") or {}
-    placement = {field: template[field] for field in ("nodeSelector", "tolerations") if template.get(field)}
+    shared = {field: template[field] for field in _SHARED if template.get(field)}
+    download, volumes = _download(model, template)
     name = deployment.metadata.name
-    return {
+    pod: dict[str, Any] = {
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {
@@ -128,12 +137,7 @@ def inspector_pod(deployment: LlamaDeployment, namespace: str, uid: str, setting
                 if settings.image_pull_secrets
                 else {}
             ),
-            **placement,
-            **(
-                {"initContainers": [{**model.download, "args": [*model.download["args"], "--only", "config.json"]}]}
-                if model.download
-                else {}
-            ),
+            **({"initContainers": [download]} if download else {}),
             "containers": [
                 {
                     "name": names.INSPECTOR,
@@ -151,6 +155,21 @@ def inspector_pod(deployment: LlamaDeployment, namespace: str, uid: str, setting
                     "volumeMounts": [{"name": "model", "mountPath": MODEL_DIRECTORY, "readOnly": True}],
                 }
             ],
-            "volumes": [model.volume, *([{"name": "tmp", "emptyDir": {}}] if model.download else [])],
+            "volumes": volumes,
         },
     }
+    return merge(pod, {"spec": shared})  # type: ignore[no-any-return]
+
+
+def _download(model: ModelParts, template: Mapping[str, Any]) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """The download of config.json alone, with what spec.podTemplate changes in a worker's download (a mirror's address,
+    a proxy, a certificate), and the volumes that it takes.
+    """
+    if model.download is None:
+        return None, [model.volume]
+    changes = [entry for entry in template.get("initContainers") or [] if entry.get("name") == names.DOWNLOAD]
+    container: dict[str, Any] = merge(model.download, changes[0]) if changes else model.download
+    mounted = {mount.get("name") for mount in container.get("volumeMounts") or []}
+    added = [volume for volume in template.get("volumes") or [] if volume.get("name") in mounted - {"model", "tmp"}]
+    container = {**container, "args": [*container["args"], "--only", "config.json"]}
+    return container, [model.volume, {"name": "tmp", "emptyDir": {}}, *added]

@@ -6,6 +6,7 @@ import posixpath
 from dataclasses import dataclass
 from typing import Any
 
+from arriero_operator import names
 from arriero_operator.settings import Settings
 from arriero_plan.resource import ModelSource
 
@@ -62,7 +63,7 @@ def _mounted(volume: dict[str, Any], path: str = MODEL_DIRECTORY) -> ModelParts:
 
 def _downloaded(uri: str, settings: Settings, env: list[dict[str, Any]], env_from: list[dict[str, Any]]) -> ModelParts:
     container: dict[str, Any] = {
-        "name": "download",
+        "name": names.DOWNLOAD,
         "image": settings.worker_image,
         "imagePullPolicy": settings.image_pull_policy,
         "command": [*settings.download_command],
@@ -75,6 +76,8 @@ def _downloaded(uri: str, settings: Settings, env: list[dict[str, Any]], env_fro
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         },
+        # Its own last words say what went wrong; those of one that was killed are the end of its log.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [{"name": "model", "mountPath": MODEL_DIRECTORY}, {"name": "tmp", "mountPath": "/tmp"}],
     }
     return ModelParts({"name": "model", "emptyDir": {}}, MODEL_DIRECTORY, container)

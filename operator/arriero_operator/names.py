@@ -36,6 +36,8 @@ DRAINING = PREFIX + "draining"
 ROUTER = "router"
 WORKER = "worker"
 INSPECTOR = "inspector"
+DOWNLOAD = "download"
+"""The init container that fetches a model."""
 
 
 def group_name(deployment: str, replica: int) -> str:

@@ -137,11 +137,15 @@ class RankReport:
     rank: int
     pod: int
     phase: str
-    """Starting, Loading, Warming, Joining, Serving, Draining or Failed."""
+    """Downloading, Starting, Loading, Warming, Joining, Serving, Draining or Failed. Downloading is said by a pod that
+    has no ranks yet; its bytes are those of the model's files.
+    """
     epoch: int = 0
     bytes_loaded: int = 0
     bytes_total: int = 0
     phase_seconds: float = 0.0
+    bytes_per_second: int = 0
+    """Of late; 0: not said."""
     reason: str = ""
 
 
@@ -195,6 +199,13 @@ class Observed:
     """Whether every router and every leader that serves has been heard: the load is not less than it looks."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """What the API server would not take when it was written last, by "Kind name", and why."""
+    _by_kind: Mapping[str, Mapping[str, Object]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        found: dict[str, dict[str, Object]] = {}
+        for seen in self.objects:
+            found.setdefault(seen["kind"], {}).setdefault(seen["metadata"]["name"], seen)
+        object.__setattr__(self, "_by_kind", found)
 
     @property
     def name(self) -> str:
@@ -209,13 +220,11 @@ class Observed:
         return str(self.resource["metadata"].get("uid") or "")
 
     def find(self, kind: str, name: str) -> Object | None:
-        return next((o for o in self.objects if o["kind"] == kind and o["metadata"]["name"] == name), None)
+        return self._by_kind.get(kind, {}).get(name)
 
     def of_kind(self, kind: str) -> list[Object]:
         """Ours of one kind, by name."""
-        return sorted(
-            (o for o in self.objects if o["kind"] == kind and self.owns(o)), key=lambda o: o["metadata"]["name"]
-        )
+        return [seen for _, seen in sorted(self._by_kind.get(kind, {}).items()) if self.owns(seen)]
 
     def owns(self, seen: Object) -> bool:
         return any(owner.get("uid") == self.uid for owner in seen["metadata"].get("ownerReferences") or [])

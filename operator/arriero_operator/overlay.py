@@ -120,15 +120,16 @@ def _spec_problems(spec: Mapping[str, Any]) -> Iterator[str]:
         isinstance(tolerations, list) and all(isinstance(entry, Mapping) for entry in tolerations)
     ):
         yield "spec.podTemplate.spec.tolerations: expected a list of mappings"
-    for container in _mappings(spec.get("containers")):
-        where = f"spec.podTemplate.spec.containers[{container.get('name')}]"
-        if container.get("name") == names.WORKER:
-            for field in _CONTAINER_OURS:
+    for part, ours in (("containers", names.WORKER), ("initContainers", names.DOWNLOAD)):
+        for container in _mappings(spec.get(part)):
+            where = f"spec.podTemplate.spec.{part}[{container.get('name')}]"
+            if container.get("name") == ours:
+                for field in _CONTAINER_OURS:
+                    if field in container:
+                        yield f"{where}.{field}: leave it out; the operator starts the {ours} itself"
+            for field, key in _KEYS.items():
                 if field in container:
-                    yield f"{where}.{field}: leave it out; the operator starts the worker itself"
-        for field, key in _KEYS.items():
-            if field in container:
-                yield from _list_problems(f"{where}.{field}", container[field], key)
+                    yield from _list_problems(f"{where}.{field}", container[field], key)
 
 
 def _list_problems(path: str, entries: Any, key: str) -> Iterator[str]:

@@ -9,7 +9,17 @@ from pydantic.alias_generators import to_camel
 
 Phase = Literal["Invalid", "Planning", "Idle", "Waiting", "Loading", "Progressing", "Updating", "Ready", "Degraded"]
 GroupPhase = Literal[
-    "Waiting", "Starting", "Loading", "Warming", "Joining", "Serving", "Recovering", "Draining", "Leaving", "Failed"
+    "Waiting",
+    "Starting",
+    "Downloading",
+    "Loading",
+    "Warming",
+    "Joining",
+    "Serving",
+    "Recovering",
+    "Draining",
+    "Leaving",
+    "Failed",
 ]
 RankPhase = Literal["Starting", "Loading", "Warming", "Joining", "Serving", "Draining", "Failed"]
 
@@ -66,6 +76,15 @@ class RankStatus(_Part):
     reason: Message | None = Field(default=None, description="why it failed")
 
 
+class DownloadStatus(_Part):
+    """The model on its way to the pods of one group."""
+
+    pods: Count = Field(description="pods that are still fetching it")
+    bytes_fetched: Long = Field(description="bytes that these have so far, in steps of 5 %")
+    bytes_total: Long = Field(description="bytes that these will have")
+    eta_seconds: Count | None = Field(default=None, description="when it will be there, roughly")
+
+
 class GroupStatus(_Part):
     """The pods of one replica."""
 
@@ -75,6 +94,7 @@ class GroupStatus(_Part):
     since: Time = Field(description="when this phase began")
     message: Message | None = Field(default=None, description="what it waits for, or what is wrong")
     epoch: Long = Field(default=0, description="its membership number; a lost rank raises it")
+    download: DownloadStatus | None = Field(default=None, description="the model on its way, while it is")
     ranks: Annotated[list[RankStatus], Field(max_length=1024)] = Field(
         default_factory=list, description="its ranks, as far as they have spoken"
     )

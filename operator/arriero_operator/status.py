@@ -7,7 +7,7 @@ from typing import Any
 
 from arriero_operator import names
 from arriero_operator.conditions import conditions_of
-from arriero_operator.group_status import phase_of, problem_of, progress_of, ranks_of
+from arriero_operator.group_status import download_of, phase_of, problem_of, progress_of, ranks_of
 from arriero_operator.groups import Group
 from arriero_operator.observe import Object, Observed, timestamp
 from arriero_operator.resource_status import (
@@ -74,6 +74,7 @@ def _group_status(group: Group, situation: Situation, old: Object) -> GroupStatu
         since=_since(before, "phase", "since", phase, situation.observed.now),
         message=message[:_LIMIT] or None,
         epoch=group.report.epoch if group.report else 0,
+        download=download_of(group),
         ranks=ranks_of(group),
     )
 

@@ -124,6 +124,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"podTemplate": {"spec": {"containers": {"name": "worker"}}}}, "containers: expected a list"),
     ({"podTemplate": {"spec": {"containers": ["worker"]}}}, "containers[0]: expected a mapping with name"),
     ({"podTemplate": {"spec": {"containers": [{"name": "worker", "command": ["sh"]}]}}}, "starts the worker itself"),
+    ({"podTemplate": {"spec": {"initContainers": [{"name": "download", "args": []}]}}}, "starts the download itself"),
     ({"podTemplate": {"spec": {"containers": [{"name": "a"}, {"name": "a"}]}}}, "'a' appears twice"),
     ({"podTemplate": {"spec": {"containers": [{"name": "worker", "env": {"A": "b"}}]}}}, "env: expected a list"),
     ({"podTemplate": {"spec": {"volumes": [{"emptyDir": {}}]}}}, "volumes[0]: expected a mapping with name"),

@@ -88,6 +88,99 @@ def test_loading_tells_progress_and_when_it_will_be_done() -> None:
     assert (loaded["status"], loaded["message"]) == ("False", f"{NAME}-0: 50% of 160.0 GiB, about 10 s left")
 
 
+def downloading(fetched: float, speed: int = 0, seconds: float = 0.0) -> Report:
+    """What a pod says whose init step has so many of 16 GiB."""
+    rank = RankReport(0, 0, "Downloading", 0, int(fetched * 2**30), 16 * 2**30, seconds, bytes_per_second=speed)
+    return Report("Downloading", ranks=(rank,))
+
+
+def status_of_pods(made: FakeCluster, **reports: Report) -> dict[str, Any]:
+    """The status of a pass that hears this of the first group's pods: of pod 1 as p1."""
+    observed = made.observe(NAME)
+    told = {f"{NAME}-0-{name.removeprefix('p')}": report for name, report in reports.items()}
+    observed = dataclasses.replace(observed, reports=told)
+    (write,) = [w for w in desired(observed, SETTINGS).writes if isinstance(w, SetStatus)]
+    assert problems(dict(write.status), STATUS_SCHEMA) == []
+    return dict(write.status)
+
+
+def test_downloading_tells_progress_and_when_it_will_be_done() -> None:
+    made = cluster()
+    made.run(3, NAME)
+    status = status_of_pods(made, p0=downloading(3.9, speed=100 * 2**20))
+    group = status["groups"][0]
+    assert (status["phase"], group["phase"]) == ("Loading", "Downloading")
+    assert status["message"] == f"{NAME}-0: downloading 3.2 of 16.0 GiB, 3 min left"
+    assert group["download"] == {
+        "pods": 1,
+        "bytesFetched": 16 * 2**30 // 20 * 4,
+        "bytesTotal": 16 * 2**30,
+        "etaSeconds": 180,
+    }
+    assert group["ranks"] == [], "there is none yet"
+    (loaded,) = [c for c in status["conditions"] if c["type"] == "ModelLoaded"]
+    assert (loaded["status"], loaded["reason"]) == ("False", "Downloading")
+    assert loaded["message"] == f"{NAME}-0: downloading 3.2 of 16.0 GiB, 3 min left"
+
+
+def test_a_group_downloads_as_long_as_one_of_its_pods_does() -> None:
+    made = cluster()
+    made.run(3, NAME)
+    both = status_of_pods(made, p0=downloading(8, seconds=80), p1=downloading(4, seconds=80))
+    assert both["message"] == f"{NAME}-0: downloading 12.0 of 32.0 GiB in 2 pods, 4 min left"
+    loads = Report("Loading", ranks=(RankReport(0, 0, "Loading", 0, 2**30, 10 * 2**30, 5.0),))
+    one = status_of_pods(made, p0=loads, p1=downloading(12, seconds=80))
+    assert one["groups"][0]["phase"] == "Downloading"
+    assert one["message"] == f"{NAME}-0: downloading 12.0 of 16.0 GiB, 30 s left"
+    assert [rank["phase"] for rank in one["groups"][0]["ranks"]] == ["Loading"]
+
+
+def test_a_download_that_nobody_hears_shows_in_the_pod() -> None:
+    made = cluster()
+    made.run(3, NAME)
+    running = {"name": "download", "state": {"running": {"startedAt": timestamp(made.now)}}}
+    made.pods()[1]["status"]["initContainerStatuses"] = [running]
+    status = status_of_pods(made)
+    assert status["groups"][0]["phase"] == "Downloading"
+    (loaded,) = [c for c in status["conditions"] if c["type"] == "ModelLoaded"]
+    assert loaded["message"] == f"{NAME}-0: is downloading"
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"state": {"terminated": {"exitCode": 3, "message": "WORDS\n"}}},
+        {
+            "state": {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 20s restarting failed container"}},
+            "lastState": {"terminated": {"exitCode": 1, "message": "WORDS"}},
+        },
+    ],
+    ids=["ended", "waits for its next start"],
+)
+def test_a_download_that_failed_is_told_in_its_own_words(entry: dict[str, Any]) -> None:
+    made = cluster()
+    made.run(3, NAME)
+    made.pods()[1]["status"]["initContainerStatuses"] = [{"name": "download", **entry}]
+    made.pods()[1]["status"]["containerStatuses"] = [
+        {"name": "worker", "state": {"waiting": {"reason": "PodInitializing"}}}
+    ]
+    status = status_of_pods(made)
+    words = f"{NAME}-0: pod {NAME}-0-1: the model cannot be fetched: WORDS"
+    assert (status["phase"], status["message"]) == ("Degraded", words)
+    assert status["groups"][0]["phase"] == "Failed"
+    (loaded,) = [c for c in status["conditions"] if c["type"] == "ModelLoaded"]
+    assert (loaded["reason"], loaded["message"]) == ("Failed", words)
+
+
+def test_a_download_that_is_tried_again_is_one_that_runs() -> None:
+    made = cluster()
+    made.run(3, NAME)
+    running = {"state": {"running": {"startedAt": timestamp(made.now)}}, "lastState": {"terminated": {"exitCode": 1}}}
+    made.pods()[1]["status"]["initContainerStatuses"] = [{"name": "download", **running}]
+    status = status_of_pods(made, p1=downloading(4, speed=100 * 2**20))
+    assert status["groups"][0]["phase"] == "Downloading"
+
+
 def test_progress_is_told_in_steps_and_not_byte_by_byte() -> None:
     made = cluster()
     made.run(3, NAME)
@@ -229,6 +322,51 @@ def test_the_model_is_looked_at_by_a_pod_where_nobody_knows_it() -> None:
     made.pass_over(NAME)
     assert made.objects["Pod", f"{NAME}-inspector"]["spec"]["containers"][0]["command"][1] == "/model/y/config.json"
     assert made.groups() == [f"{NAME}-0"], "what serves is kept until the new model is known"
+
+
+def test_an_inspectors_download_speaks_for_it() -> None:
+    hub = {"repo": "somebody/llama", "tokenSecretRef": {"name": "hub"}}
+    made = cluster(
+        model={"name": "m", "source": {"huggingFace": hub}},
+        podTemplate={
+            "spec": {
+                "serviceAccountName": "reader",
+                "volumes": [{"name": "ca", "configMap": {"name": "ca"}}, {"name": "other", "emptyDir": {}}],
+                "initContainers": [
+                    {
+                        "name": "download",
+                        "env": [{"name": "HF_ENDPOINT", "value": "https://mirror.example"}],
+                        "volumeMounts": [{"name": "ca", "mountPath": "/ca"}],
+                    }
+                ],
+            }
+        },
+    )
+    made.pass_over(NAME)
+    pod = made.objects["Pod", f"{NAME}-inspector"]
+    (download,) = pod["spec"]["initContainers"]
+    assert download["args"][-2:] == ["--only", "config.json"]
+    assert [entry["name"] for entry in download["env"]] == ["HF_TOKEN", "HOME", "HF_ENDPOINT"]
+    assert [mount["mountPath"] for mount in download["volumeMounts"]] == ["/model", "/tmp", "/ca"]
+    assert [volume["name"] for volume in pod["spec"]["volumes"]] == ["model", "tmp", "ca"]
+    assert pod["spec"]["serviceAccountName"] == "reader"
+    waits = {"name": "inspector", "state": {"waiting": {"reason": "PodInitializing"}}}
+    pod["status"] = {
+        "phase": "Pending",
+        "containerStatuses": [waits],
+        "initContainerStatuses": [{"name": "download", "state": {"running": {"startedAt": timestamp(made.now)}}}],
+    }
+    made.pass_over(NAME)
+    assert made.status(NAME)["message"] == f"pod {NAME}-inspector reads the checkpoint's config.json"
+    words = "hf://somebody/llama@main: the token given is not valid (401)"
+    pod["status"] = {
+        "phase": "Failed",
+        "containerStatuses": [waits],
+        "initContainerStatuses": [{"name": "download", "state": {"terminated": {"exitCode": 3, "message": words}}}],
+    }
+    made.pass_over(NAME)
+    assert made.status(NAME)["phase"] == "Invalid"
+    assert words in made.status(NAME)["message"]
 
 
 def test_an_inspector_that_failed_is_tried_again() -> None:

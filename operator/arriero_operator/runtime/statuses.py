@@ -136,6 +136,7 @@ def report_of(told: worker_pb2.StatusResponse) -> Report:
                 bytes_loaded=rank.bytes_loaded,
                 bytes_total=rank.bytes_total,
                 phase_seconds=rank.phase_seconds,
+                bytes_per_second=rank.bytes_per_second,
                 reason=rank.reason,
             )
             for rank in told.ranks

@@ -99,9 +99,8 @@ def _serve(port: int, progress: Progress) -> StatusServer | None:
         return None
     from arriero_worker.download.serve import StatusServer
 
-    pod = os.environ.get("ARRIERO_POD_INDEX", "")
     try:
-        return StatusServer(port, int(pod) if pod.isdecimal() else 0, progress.snapshot)
+        return StatusServer(port, progress.snapshot)
     except OSError as error:
         _say(f"{error}: progress is told here only")
         return None

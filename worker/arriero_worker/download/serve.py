@@ -26,11 +26,11 @@ _PHASES = {
 
 
 class StatusServer(worker_pb2_grpc.WorkerServicer):
-    """Answers Status; whatever else a worker answers is UNIMPLEMENTED. pod: the pod's index in its group."""
+    """Answers Status; whatever else a worker answers is UNIMPLEMENTED."""
 
-    def __init__(self, port: int, pod: int, look: Callable[[], Snapshot], host: str = "0.0.0.0") -> None:
-        """Raises OSError if the port is taken. port: 0 takes a free one."""
-        self._pod, self._look = pod, look
+    def __init__(self, port: int, look: Callable[[], Snapshot], host: str = "0.0.0.0") -> None:
+        """Raises OSError if the port is taken."""
+        self._look = look
         self._stopped = threading.Event()
         self._server = grpc.server(
             ThreadPoolExecutor(max_workers=_STREAMS, thread_name_prefix="status"), options=[("grpc.so_reuseport", 0)]
@@ -38,10 +38,10 @@ class StatusServer(worker_pb2_grpc.WorkerServicer):
         worker_pb2_grpc.add_WorkerServicer_to_server(self, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(_Health(), self._server)
         try:
-            self.port = self._server.add_insecure_port(f"{host}:{port}")
+            bound = self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError:
-            self.port = 0
-        if not self.port:
+            bound = 0
+        if bound != port:
             raise OSError(f"control port {port} is in use")
         self._server.start()
 
@@ -56,26 +56,26 @@ class StatusServer(worker_pb2_grpc.WorkerServicer):
             last = self._stopped.is_set()
             seen = self._look()
             if told is None or _matters(seen) != _matters(told):
-                yield to_wire(seen, self._pod)
+                yield to_wire(seen)
                 told = seen
             if request.once or last:
                 return
             self._stopped.wait(_GLANCE)
 
 
-def to_wire(seen: Snapshot, pod: int) -> pb.StatusResponse:
-    """A download is told as one rank's: the pod's ranks are not there yet."""
+def to_wire(seen: Snapshot) -> pb.StatusResponse:
+    """A download is told as one rank's, for the pod's ranks are not there yet; what failed is not theirs."""
     phase = _PHASES[seen.phase]
+    if seen.phase == "Failed":
+        return pb.StatusResponse(phase=phase, reason=seen.reason)
     rank = pb.RankStatus(
-        pod=pod,
         phase=phase,
         bytes_loaded=seen.bytes_done,
         bytes_total=seen.bytes_total,
         bytes_per_second=round(seen.bytes_per_second),
         phase_seconds=seen.phase_seconds,
-        reason=seen.reason,
     )
-    return pb.StatusResponse(phase=phase, ranks=[rank], reason=seen.reason)
+    return pb.StatusResponse(phase=phase, ranks=[rank])
 
 
 def _matters(seen: Snapshot) -> tuple[object, ...]:
