@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 
 import uvloop
@@ -32,7 +33,7 @@ def run_router(path: str, config: Config, siblings: Siblings | None = None) -> i
 async def _serve(path: str, config: Config, siblings: Siblings | None) -> int:
     leave = Leave()
     try:
-        router = Router(config, siblings)
+        router = Router(config, siblings, os.environ.get("KUBECONFIG", ""))
     except ConfigError as error:
         log.error("%s", error)
         return EXIT_USAGE

@@ -39,9 +39,12 @@ log = logging.getLogger("arriero.router")
 class Router:
     """`start`, then `drain` and `stop`. What it says of itself is right at any time between."""
 
-    def __init__(self, config: Config, siblings: Siblings | None = None) -> None:
-        """`siblings`: the other processes of this router, where there are any. Raises ConfigError, OSError."""
+    def __init__(self, config: Config, siblings: Siblings | None = None, kubeconfig: str = "") -> None:
+        """`siblings`: the other processes of this router, where there are any. `kubeconfig`: file for models whose
+        endpoints are a cluster's and that name none. Raises ConfigError, OSError.
+        """
         self.config = config
+        self._kubeconfig = kubeconfig
         self.metrics = Metrics()
         self.started = int(time.time())
         self.draining = False
@@ -163,7 +166,7 @@ class Router:
 
     def _serve(self, model: Model) -> Served:
         weights = self._keys.weights if self._keys is not None else {}
-        return Served(model, self.config, self.metrics, self._security, weights)
+        return Served(model, self.config, self.metrics, self._security, weights, self._kubeconfig)
 
     def _open_log(self, path: str) -> None:
         fresh = AccessLog(path) if path != "off" else None

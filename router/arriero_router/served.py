@@ -21,7 +21,7 @@ from arriero_router.core.replica import Endpoint, Replica
 from arriero_router.endpoints.channel import Security, open_channel
 from arriero_router.endpoints.file import FileSource
 from arriero_router.endpoints.followers import Followers
-from arriero_router.endpoints.kubernetes import KubernetesSource, Selection
+from arriero_router.endpoints.kubernetes import Access, KubernetesSource, Selection
 from arriero_router.endpoints.model import Source, address
 from arriero_router.endpoints.probe import ProbeLimits
 from arriero_router.endpoints.slices import Ports
@@ -50,9 +50,15 @@ class Served:
     """Everything of one model. Owned by the router's loop."""
 
     def __init__(
-        self, model: Model, config: Config, metrics: Metrics, security: Security, weights: Mapping[str, float]
+        self,
+        model: Model,
+        config: Config,
+        metrics: Metrics,
+        security: Security,
+        weights: Mapping[str, float],
+        kubeconfig: str = "",
     ) -> None:
-        """`weights`: shares of tenants while requests are held."""
+        """`weights`: shares of tenants while requests are held. `kubeconfig`: where the configuration names none."""
         self.loop = asyncio.get_running_loop()
         self.name = model.name
         self.security = security
@@ -76,7 +82,7 @@ class Served:
         self.metrics: ModelMetrics = metrics.model(model.name, self.dispatcher)
         self.metrics.index_size = self.index.__len__
         self._all_metrics = metrics
-        self.source = _source(model)
+        self.source = _source(model, kubeconfig)
         health = self.health = config.health
         self._followers = Followers(
             self.pool,
@@ -273,7 +279,7 @@ class Served:
             self._leaving = [pool for pool in self._leaving if pool.connections]
 
 
-def _source(model: Model) -> Source:
+def _source(model: Model, kubeconfig: str) -> Source:
     endpoints = model.endpoints
     if endpoints.static is not None:
         return StaticSource([entry.endpoint() for entry in endpoints.static])
@@ -288,5 +294,6 @@ def _source(model: Model) -> Source:
             namespace=place.namespace,
             ports=Ports(place.ports.http, place.ports.grpc, place.ports.control),
             family=place.address_family,
-        )
+        ),
+        Access(place.kubeconfig or kubeconfig, place.context),
     )

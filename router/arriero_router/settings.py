@@ -138,7 +138,10 @@ class KubernetesEndpoints(Part):
     """EndpointSlices of a Service, or of all Services with some labels; exactly one of service and labelSelector."""
 
     namespace: str = Field(
-        default="", pattern=LABEL_OR_NONE, max_length=63, description="namespace; omitted: the router's own"
+        default="",
+        pattern=LABEL_OR_NONE,
+        max_length=63,
+        description="namespace; omitted: the router's own, with a kubeconfig that of its context",
     )
     service: str = Field(
         default="",
@@ -153,6 +156,14 @@ class KubernetesEndpoints(Part):
     )
     ports: KubernetesPorts = Field(default_factory=KubernetesPorts, description="which port is which")
     address_family: Literal["IPv4", "IPv6"] = Field(default="IPv4", description="addresses taken of dual-stack pods")
+    kubeconfig: FilePath | None = Field(
+        default=None,
+        description="file that says how to reach the API server; omitted: as KUBECONFIG says, else as the pod's "
+        "service account, else ~/.kube/config",
+    )
+    context: str = Field(
+        default="", pattern=NO_SPACE, max_length=253, description="context of the kubeconfig; omitted: its current one"
+    )
 
     @model_validator(mode="after")
     def _one_choice(self) -> KubernetesEndpoints:

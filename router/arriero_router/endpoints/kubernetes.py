@@ -26,6 +26,7 @@ import asyncio
 import json
 import logging
 import math
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -40,16 +41,19 @@ from arriero_router.endpoints.slices import SERVICE_LABEL, Ports, endpoints_of
 log = logging.getLogger("arriero.endpoints")
 
 _LIST_SECONDS = 30.0
+_USUAL = "~/.kube/config"
 # A watch that stood so long was a good one, however quiet.
 _LONG_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How the API server is reached."""
+    """How the API server is reached: by a kubeconfig where one is named, else, in a pod (as the environment shows that
+    Kubernetes gives to all of them), as its service account, else by the user's own kubeconfig, ~/.kube/config.
+    """
 
     kubeconfig: str = ""
-    """A file; empty: as a pod's service account, by the environment that Kubernetes gives to every pod."""
+    """A file, or several with ':' between them, which are merged as kubectl merges them."""
     context: str = ""
     """Of the kubeconfig; empty: its current one."""
     service_account: str = "/var/run/secrets/kubernetes.io/serviceaccount"
@@ -65,7 +69,7 @@ class Selection:
     selector: str = ""
     """Instead of a name: a label selector for EndpointSlices."""
     namespace: str = ""
-    """Empty: the router's own; with a kubeconfig, `default`."""
+    """Empty: the router's own; with a kubeconfig, that of its context, or `default`."""
     ports: Ports = field(default_factory=Ports)
     family: str = "IPv4"
     """Address family taken of dual-stack pods."""
@@ -139,19 +143,21 @@ class KubernetesSource:
         access = self._access
         configuration = client.Configuration()
         try:
-            if access.kubeconfig:
-                _require_file(access.kubeconfig)
+            if not access.kubeconfig and in_cluster.SERVICE_HOST_ENV_NAME in os.environ:
+                folder = Path(access.service_account)
+                loader = in_cluster.InClusterConfigLoader(str(folder / "token"), str(folder / "ca.crt"))
+                loader.load_and_set(configuration)
+                own = (folder / "namespace").read_text().strip()
+            else:
+                files = _kubeconfig(access)
                 await from_file.load_kube_config(
-                    config_file=access.kubeconfig,
+                    config_file=files,
                     context=access.context or None,
                     client_configuration=configuration,
                     persist_config=False,
                 )
-            else:
-                folder = Path(access.service_account)
-                loader = in_cluster.InClusterConfigLoader(str(folder / "token"), str(folder / "ca.crt"))
-                loader.load_and_set(configuration)
-                self._namespace = self._selection.namespace or (folder / "namespace").read_text().strip()
+                own = _namespace_of(from_file.list_kube_config_contexts(files), access.context)
+            self._namespace = self._selection.namespace or own
             api_client = client.ApiClient(configuration)
         except Exception as error:  # a malformed file shows itself as whatever the library stumbles over
             raise _Trouble(f"no usable credentials for a cluster: {_words(error)}") from error
@@ -278,10 +284,20 @@ def _words(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _require_file(path: str) -> None:
-    """The library itself would go on with nothing. Raises FileNotFoundError."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+def _kubeconfig(access: Access) -> str:
+    """The file or files. Raises FileNotFoundError where none of them is there: the library would go on with nothing."""
+    paths = access.kubeconfig or os.path.expanduser(_USUAL)
+    if not any(Path(path).is_file() for path in paths.split(os.pathsep)):
+        nowhere = f"this is no pod of a cluster, KUBECONFIG is not set, and there is no file {_USUAL}"
+        raise FileNotFoundError(f"there is no file {paths}" if access.kubeconfig else nowhere)
+    return paths
+
+
+def _namespace_of(listed: tuple[list[dict[str, Any]], dict[str, Any]], name: str) -> str:
+    """Of the context with this name, or of the current one: `listed` holds all, and the current one."""
+    contexts, current = listed
+    chosen = next((context for context in contexts if context["name"] == name), current)
+    return str(chosen["context"].get("namespace") or "default")
 
 
 def _refusal(status: int, reason: str, body: bytes) -> str:

@@ -51,6 +51,8 @@ class ApiServer:
         self.watched: list[str] = []
         """Versions that watches began from."""
         self.queries: list[dict[str, str]] = []
+        self.namespaces: set[str] = set()
+        """That were asked for."""
         self._log: list[tuple[int, dict[str, Any]]] = []
         self._changed = asyncio.Event()
         self._watches: set[web.StreamResponse] = set()
@@ -112,6 +114,7 @@ class ApiServer:
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.queries.append(dict(request.query))
+        self.namespaces.add(request.match_info["namespace"])
         if self.token and request.headers.get("Authorization", "").lower() != f"bearer {self.token}":
             return refusal(401, "Unauthorized")
         if request.query.get("watch", "").lower() == "true":

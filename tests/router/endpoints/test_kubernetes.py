@@ -23,19 +23,22 @@ WAITS = (0.01, 0.05)
 
 def kubeconfig(folder: Path, port: int, token: str = "") -> str:
     path = folder / "kubeconfig"
-    path.write_text(
-        json.dumps(
-            {
-                "apiVersion": "v1",
-                "kind": "Config",
-                "current-context": "c",
-                "contexts": [{"name": "c", "context": {"cluster": "k", "user": "u"}}],
-                "clusters": [{"name": "k", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
-                "users": [{"name": "u", "user": {"token": token} if token else {}}],
-            }
-        )
-    )
+    path.write_text(settings(port, token))
     return str(path)
+
+
+def settings(port: int, token: str = "") -> str:
+    """The content of a kubeconfig."""
+    return json.dumps(
+        {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "c",
+            "contexts": [{"name": "c", "context": {"cluster": "k", "user": "u"}}],
+            "clusters": [{"name": "k", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
+            "users": [{"name": "u", "user": {"token": token} if token else {}}],
+        }
+    )
 
 
 class Followed:
@@ -274,12 +277,63 @@ async def test_inside_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             await until(lambda: not source.error)
 
 
-async def test_outside_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
     source = KubernetesSource(Selection("svc"), Access(service_account=str(tmp_path)), waits=WAITS)
     async with running(source.run(Told().publish)):
         await until(lambda: source.error)
-    assert source.error == "no usable credentials for a cluster: Service host/port is not set."
+    assert source.error == (
+        "no usable credentials for a cluster: this is no pod of a cluster, KUBECONFIG is not set, and there is no file "
+        "~/.kube/config"
+    )
+
+
+@pytest.mark.parametrize("in_a_pod", [False, True])
+async def test_a_kubeconfig_goes_before_the_pods_own_account(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_a_pod: bool
+) -> None:
+    if in_a_pod:
+        monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+        monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "1")
+    else:
+        monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    async with api_server() as api:
+        api.put(piece("s1", entry("a", "10.0.0.1")))
+        await sees(KubernetesSource(Selection("svc"), Access(kubeconfig(tmp_path, api.port)), waits=WAITS))
+        assert api.namespaces == {"default"}
+
+
+async def test_the_users_own_kubeconfig_outside_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    usual = tmp_path / ".kube"
+    usual.mkdir()
+    async with api_server() as api:
+        api.put(piece("s1", entry("a", "10.0.0.1")))
+        (usual / "config").write_text(settings(api.port))
+        await sees(KubernetesSource(Selection("svc"), waits=WAITS))
+
+
+async def test_a_context_of_several_files_and_its_namespace(tmp_path: Path) -> None:
+    """As kubectl takes KUBECONFIG: files with a colon between them, of which one may be missing."""
+    async with api_server() as api:
+        api.put(piece("s1", entry("a", "10.0.0.1")))
+        first, second = tmp_path / "first", tmp_path / "second"
+        first.write_text(settings(1))
+        other = json.loads(settings(1))
+        other["clusters"] = [{"name": "far", "cluster": {"server": f"http://127.0.0.1:{api.port}"}}]
+        other["contexts"] = [{"name": "d", "context": {"cluster": "far", "user": "u", "namespace": "llamas"}}]
+        second.write_text(json.dumps(other))
+        files = f"{tmp_path / 'none'}:{first}:{second}"
+        await sees(KubernetesSource(Selection("svc"), Access(files, "d"), waits=WAITS))
+        assert api.namespaces == {"llamas"}
+
+
+async def sees(source: KubernetesSource) -> None:
+    told = Told()
+    async with running(source.run(told.publish)):
+        await told.until(lambda: told.published and [e.name for e in told.published[-1]] == ["a"])
 
 
 async def test_it_ends_while_it_waits_for_an_answer(tmp_path: Path) -> None:
