@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from arriero_faces.http.errors import REASONS, HttpError
+from arriero_faces.http.errors import HttpError
 
 if TYPE_CHECKING:
     from arriero_faces.http.connection import Connection
@@ -21,7 +21,8 @@ class Exchange:
     """A whole request (head and body), and the means to answer it, once.
 
     Answer with `respond`, or with `start`, any number of `write` and then `finish` (`cut`, for an answer that broke).
-    The handler's task is cancelled when the client goes away.
+    A handler that is a coroutine is cancelled when the client goes away. Any other sets `on_gone`, and says `done` when
+    it has answered.
     """
 
     __slots__ = (
@@ -34,6 +35,7 @@ class Exchange:
         "held",
         "keep_alive",
         "method",
+        "on_gone",
         "on_writable",
         "path",
         "query",
@@ -71,6 +73,8 @@ class Exchange:
         """Why it is refused without reaching the handler."""
         self.on_writable: Callable[[], None] | None = None
         """Called when the client has taken enough of what was written, for writers that do not await `drain`."""
+        self.on_gone: Callable[[], None] | None = None
+        """Called when the client has gone away: what is written goes nowhere, and `done` need not be said."""
         self._connection = connection
         self._chunked = False
         self._head_only = method == "HEAD"
@@ -86,22 +90,32 @@ class Exchange:
         self, status: int, body: bytes, content_type: str = JSON, headers: tuple[tuple[str, str], ...] = ()
     ) -> None:
         """The whole answer at once."""
-        head = self._head(status, content_type, headers)
-        length = f"content-length: {len(body)}\r\n" if status != 204 else ""
-        self._connection.send(f"{head}{length}\r\n".encode("latin-1") + (b"" if self._head_only else body))
-        self.finish()
+        self.respond_with(status, header_lines(content_type if status != 204 else None, headers), body)
+
+    def respond_with(self, status: int, lines: bytes, body: bytes) -> None:
+        """The whole answer, with header lines as bytes, each ended by CRLF."""
+        end = b"content-length: %d\r\n\r\n" % len(body) if status != 204 else b"\r\n"
+        self._connection.send(self._head(status, lines, end) + (b"" if self._head_only else body))
+        self.finished = True
 
     def refuse(self, error: HttpError) -> None:
         self.respond(error.status, error.body(), headers=error.header_lines())
 
     def start(self, status: int, content_type: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
         """The head of an answer of unknown length. An HTTP/1.0 client gets it without chunks, ended by closing."""
+        self.start_with(status, header_lines(content_type, headers), b"")
+
+    def start_with(self, status: int, lines: bytes, data: bytes, last: bool = False) -> None:
+        """The same, with header lines as bytes, each ended by CRLF, and the first piece of the body; with `last` it is
+        the only one.
+        """
         self._chunked = self.version == "1.1"
         if not self._chunked:
             self.keep_alive = False
-        head = self._head(status, content_type, headers)
-        framing = "transfer-encoding: chunked\r\n\r\n" if self._chunked else "\r\n"
-        self._connection.send((head + framing).encode("latin-1"))
+        head = self._head(status, lines, b"transfer-encoding: chunked\r\n\r\n" if self._chunked else b"\r\n")
+        end = b"0\r\n\r\n" if last and self._chunked and not self._head_only else b""
+        self._connection.send(head + self._framed(data) + end)
+        self.finished = last
 
     def write(self, data: bytes) -> None:
         """A piece of the body; never blocks. A writer of many pieces awaits `drain` between them."""
@@ -122,10 +136,12 @@ class Exchange:
         """Whether `drain` would wait."""
         return self._connection.blocked
 
-    def finish(self) -> None:
-        """The answer is whole."""
-        if self._chunked and not self._head_only:
-            self._connection.send(b"0\r\n\r\n")
+    def finish(self, data: bytes = b"") -> None:
+        """The answer is whole, `data` being its last piece."""
+        if not self._head_only:
+            end = self._framed(data) + (b"0\r\n\r\n" if self._chunked else b"")
+            if end:
+                self._connection.send(end)
         self.finished = True
 
     def cut(self) -> None:
@@ -133,19 +149,31 @@ class Exchange:
         self.finished = True
         self.keep_alive = False
 
-    def _head(self, status: int, content_type: str, headers: tuple[tuple[str, str], ...]) -> str:
+    def done(self, error: Exception | None = None) -> None:
+        """The handler, no coroutine, is done with this; `error` is what it would have raised."""
+        self._connection.ended(self, error)
+
+    def _framed(self, data: bytes) -> bytes:
+        if not data or self._head_only:
+            return b""
+        return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
+
+    def _head(self, status: int, lines: bytes, end: bytes) -> bytes:
         assert not self.started, "an exchange is answered once"
         self.started = True
         self.status = status
         server = self._connection.server
         if server.draining:
             self.keep_alive = False
-        lines = [f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\ndate: {server.date}\r\n"]
-        if status != 204:
-            lines.append(f"content-type: {content_type}\r\n")
-        lines += [f"{name}: {value}\r\n" for name, value in headers]
         if not self.keep_alive:
-            lines.append("connection: close\r\n")
+            lines += b"connection: close\r\n"
         elif self.version == "1.0":
-            lines.append("connection: keep-alive\r\n")
-        return "".join(lines)
+            lines += b"connection: keep-alive\r\n"
+        return server.first_lines(status) + lines + end
+
+
+def header_lines(content_type: str | None, headers: tuple[tuple[str, str], ...]) -> bytes:
+    """Lines for `respond_with` and `start_with`."""
+    lines = [f"content-type: {content_type}\r\n"] if content_type is not None else []
+    lines += [f"{name}: {value}\r\n" for name, value in headers]
+    return "".join(lines).encode("latin-1")

@@ -6,17 +6,21 @@ import asyncio
 import logging
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from email.utils import formatdate
+from typing import Any
 
 from arriero_faces.http.connection import Connection
-from arriero_faces.http.errors import HttpError
+from arriero_faces.http.errors import REASONS, HttpError
 from arriero_faces.http.exchange import Exchange
 
 log = logging.getLogger("arriero.http")
 
-Handler = Callable[[Exchange], Awaitable[None]]
+Handler = Callable[[Exchange], Coroutine[Any, Any, None] | None]
+"""Raises HttpError where it refuses. A coroutine is run, and cancelled when the client goes; None: the handler answers
+by itself, now or later, and says `Exchange.done`.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ class HttpLimits:
 
 
 class HttpServer:
-    """Serves `handler`, which answers one Exchange; it may raise HttpError, and is cancelled when the client goes."""
+    """Serves `handler`, which answers one Exchange."""
 
     def __init__(
         self,
@@ -56,7 +60,8 @@ class HttpServer:
         self.handler = handler
         self.limits = limits or HttpLimits()
         self.draining = False
-        self.date = formatdate(usegmt=True)
+        self._first_lines: dict[int, bytes] = {}
+        """By status, until the date is another."""
         self.loop: asyncio.AbstractEventLoop = None  # type: ignore[assignment]  # set by start
         self._on_refused = on_refused
         self._connections: set[Connection] = set()
@@ -128,13 +133,22 @@ class HttpServer:
         self._unanswered += size
         return True
 
+    def first_lines(self, status: int) -> bytes:
+        """The status line and the date of an answer."""
+        lines = self._first_lines.get(status)
+        if lines is None:
+            date = formatdate(usegmt=True)
+            lines = f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\ndate: {date}\r\n".encode()
+            self._first_lines[status] = lines
+        return lines
+
     def refused(self, exchange: Exchange, error: HttpError) -> None:
         """A request was refused before it reached the handler."""
         if self._on_refused is not None:
             self._on_refused(exchange, error)
 
     def _sweep(self) -> None:
-        self.date = formatdate(usegmt=True)
+        self._first_lines.clear()
         now = self.loop.time()
         for connection in [c for c in self._connections if c.deadline < now]:
             connection.expire()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import msgspec
@@ -17,13 +17,12 @@ from arriero_router.observe.metrics import CONTENT_TYPE
 
 if TYPE_CHECKING:
     from arriero_router.front.auth import Principal
+    from arriero_router.front.record import Record
     from arriero_router.router import Router
     from arriero_router.served import Served
 
 _fields_of = msgspec.json.Decoder(RoutedFields).decode
 _MODEL = "/v1/models/"
-_Handler = Callable[[Exchange], Awaitable[str]]
-"""Answers, and returns the model's name for the count ("" where there is none)."""
 
 
 class HttpFace:
@@ -31,21 +30,36 @@ class HttpFace:
 
     def __init__(self, router: Router) -> None:
         self._router = router
-        self._routes: dict[str, dict[str, _Handler]] = {
-            "/v1/chat/completions": {"POST": self._chat},
-            "/v1/completions": {"POST": self._completions},
-            "/tokenize": {"POST": self._tokenize},
-            "/v1/models": {"GET": self._models},
-            "/health": {"GET": self._ready},
-            "/health/live": {"GET": self._live},
-            "/health/ready": {"GET": self._ready},
-            "/metrics": {"GET": self._metrics},
+        self._forwarded: dict[str, tuple[Callable[[RoutedFields], Marked], bool]] = {
+            "/v1/chat/completions": (RoutedFields.chat, True),
+            "/v1/completions": (RoutedFields.text, True),
+            "/tokenize": (lambda fields: NOTHING, False),
+        }
+        """What replicas answer: the marks of its prompt, and whether it generates."""
+        self._pages: dict[str, Callable[[Exchange], Awaitable[None]]] = {
+            "/v1/models": self._models,
+            "/health": self._ready,
+            "/health/live": self._live,
+            "/health/ready": self._ready,
+            "/metrics": self._metrics,
         }
 
-    async def __call__(self, exchange: Exchange) -> None:
-        model, status = "", 499
+    def __call__(self, exchange: Exchange) -> Coroutine[Any, Any, None] | None:
+        forwarded = self._forwarded.get(exchange.path)
+        if forwarded is None or exchange.method != "POST":
+            return self._page(exchange)
         try:
-            model = await self._route(exchange)
+            self._forward(exchange, *forwarded)
+        except Exception as error:
+            self._router.metrics.request("http", "", error.status if isinstance(error, HttpError) else 500)
+            raise
+        return None
+
+    async def _page(self, exchange: Exchange) -> None:
+        """What the router answers itself."""
+        status = 499
+        try:
+            await self._route(exchange)
             status = exchange.status
         except HttpError as error:
             status = error.status
@@ -56,39 +70,35 @@ class HttpFace:
             status = 500
             raise
         finally:
-            self._router.metrics.request("http", model, status)
+            self._router.metrics.request("http", "", status)
 
     def refused(self, exchange: Exchange, error: HttpError) -> None:
         """A request that was refused below this: for the count."""
         self._router.metrics.request("http", "", error.status)
 
-    def _route(self, exchange: Exchange) -> Awaitable[str]:
+    def _route(self, exchange: Exchange) -> Awaitable[None]:
         """Raises HttpError where nothing answers."""
-        methods = self._routes.get(exchange.path)
-        if methods is None and exchange.path.startswith(_MODEL):
-            methods = {"GET": self._model}
-        if methods is None:
-            raise HttpError(404, f"there is nothing at {exchange.path[:200]}", code="unknown_url")
-        handler = methods.get("GET" if exchange.method == "HEAD" else exchange.method)
+        methods: list[str] = []
+        if exchange.path in self._forwarded:
+            methods = ["POST", "OPTIONS"]
+        handler = self._pages.get(exchange.path)
+        if handler is None and exchange.path.startswith(_MODEL):
+            handler = self._model
         if handler is not None:
-            return handler(exchange)
-        allowed = ", ".join([*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"])
+            methods = ["GET", "HEAD", "OPTIONS"]
+            if exchange.method in ("GET", "HEAD"):
+                return handler(exchange)
+        if not methods:
+            raise HttpError(404, f"there is nothing at {exchange.path[:200]}", code="unknown_url")
+        allowed = ", ".join(methods)
         if exchange.method == "OPTIONS":
             return self._options(exchange, allowed)
         raise HttpError(405, f"{exchange.method} is not for {exchange.path[:200]}", headers=(("allow", allowed),))
 
     # -- what replicas answer
 
-    def _chat(self, exchange: Exchange) -> Awaitable[str]:
-        return self._forward(exchange, RoutedFields.chat)
-
-    def _completions(self, exchange: Exchange) -> Awaitable[str]:
-        return self._forward(exchange, RoutedFields.text)
-
-    def _tokenize(self, exchange: Exchange) -> Awaitable[str]:
-        return self._forward(exchange, lambda fields: NOTHING, generates=False)
-
-    async def _forward(self, exchange: Exchange, mark: Callable[[RoutedFields], Marked], generates: bool = True) -> str:
+    def _forward(self, exchange: Exchange, mark: Callable[[RoutedFields], Marked], generates: bool) -> None:
+        """Raises what refuses the request before it is on its way."""
         router = self._router
         principal = self._principal(exchange)
         fields = _parsed(exchange)
@@ -108,43 +118,43 @@ class HttpFace:
             streamed=generates and bool(fields.stream),
             trace=lambda name: exchange.header(name.encode()),
         )
-        try:
-            await Forward(exchange, record, fields, generates).run(router.hold)
-            record.status = exchange.status
-        except HttpError as error:
+        Forward(exchange, record, fields, generates, self._over).start(router.hold)
+
+    def _over(self, exchange: Exchange, record: Record, error: Exception | None) -> None:
+        """A request is over; `error` is what its client is to get, or why it got no more."""
+        model = ""
+        if error is None:
+            model, record.status = record.served.name, exchange.status
+        elif isinstance(error, HttpError):
             record.status, record.error, record.used = error.status, error.message, 0
-            raise
-        except (asyncio.CancelledError, Disconnected):
+        elif isinstance(error, Disconnected):
             record.error = "the client went away"
-            raise
-        except Exception as error:
+        else:
             record.status, record.error = 500, f"{type(error).__name__}: {error}"
-            raise
+        try:
+            self._router.close(record)
+            self._router.metrics.request("http", model, record.status)
         finally:
-            router.close(record)
-        return served.name
+            exchange.done(error)
 
     def _principal(self, exchange: Exchange) -> Principal:
         return self._router.authorize(lambda name: exchange.header(name.encode()))
 
     # -- what the router answers itself
 
-    async def _options(self, exchange: Exchange, allowed: str) -> str:
+    async def _options(self, exchange: Exchange, allowed: str) -> None:
         exchange.respond(204, b"", headers=(("allow", allowed),))
-        return ""
 
-    async def _models(self, exchange: Exchange) -> str:
+    async def _models(self, exchange: Exchange) -> None:
         principal = self._principal(exchange)
         cards = [self._card(name, served) for name, served in self._router.names(principal)]
         exchange.respond(200, msgspec.json.encode({"object": "list", "data": cards}))
-        return ""
 
-    async def _model(self, exchange: Exchange) -> str:
+    async def _model(self, exchange: Exchange) -> None:
         principal = self._principal(exchange)
         name = unquote(exchange.path[len(_MODEL) :])
         served = self._router.resolve(name or "/", principal)
         exchange.respond(200, msgspec.json.encode(self._card(name, served)))
-        return ""
 
     def _card(self, name: str, served: Served) -> dict[str, object]:
         return {
@@ -156,21 +166,18 @@ class HttpFace:
             "ready_replicas": served.pool.ready,
         }
 
-    async def _live(self, exchange: Exchange) -> str:
+    async def _live(self, exchange: Exchange) -> None:
         exchange.respond(200, b'{"status":"live"}', JSON)
-        return ""
 
-    async def _ready(self, exchange: Exchange) -> str:
+    async def _ready(self, exchange: Exchange) -> None:
         reason = self._router.unready
         if reason is not None:
             raise HttpError(503, f"not ready: {reason}", code="not_ready")
         models = {served.name: served.pool.ready for served in self._router.served}
         exchange.respond(200, msgspec.json.encode({"status": "ready", "ready_replicas": models}), JSON)
-        return ""
 
-    async def _metrics(self, exchange: Exchange) -> str:
+    async def _metrics(self, exchange: Exchange) -> None:
         exchange.respond(200, await self._router.all_metrics(), CONTENT_TYPE)
-        return ""
 
 
 def _parsed(exchange: Exchange) -> RoutedFields:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Annotated
 
@@ -24,6 +23,9 @@ _NEXT = b"\n" + _DATA  # there is no line feed inside an event's JSON
 _UNFINISHED = b'"finish_reason":null'
 _OWN_FAULT = (501, 504, 505)
 """Errors of a server that lie with the request: not supported, or late by the request's own limit."""
+_VOUCHED = b"x-arriero-resume: 1\r\n"
+_UNKNOWN, _WHOLE, _BYTES, _EVENTS = range(4)
+"""What an answer is: not known yet, no stream, a stream that nobody can continue, one with resume comments."""
 MAX_ANSWER = 16 * 1024 * 1024
 """Bytes of an answer that is not streamed, up to which it is kept until it is whole, so that it can be replayed."""
 MAX_EVENT = 16 * 1024 * 1024
@@ -157,7 +159,7 @@ Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
 
 
 class Relay:
-    """One attempt's answer. `done` tells how it ended: None when the client has all of it.
+    """One attempt's answer. `on_end` is told once how it ended: None when the client has all of it.
 
     A stream of a replica that speaks the resume contract is passed on event by event, each only with its tokens
     known; any other stream as its bytes come. An answer that is not streamed is kept until it is whole.
@@ -168,14 +170,15 @@ class Relay:
         "_exchange",
         "_headers",
         "_mode",
+        "_on_end",
         "_on_first",
         "_parts",
         "_passes_comments",
         "_progress",
         "_request_id",
+        "_size",
         "_upstream",
         "answer",
-        "done",
         "error",
         "failure",
         "passed",
@@ -191,16 +194,16 @@ class Relay:
         request_id: str,
         passes_comments: bool,
         on_first: Callable[[], None],
+        on_end: Callable[[Relay, Break | None], None],
     ) -> None:
         """`passes_comments`: the client asked for them. `on_first` is called when the answer begins."""
-        self.done: asyncio.Future[Break | None] = upstream.pool.loop.create_future()
         self.status = 0
         self.error = ""
         """What the replica said, or how it broke off, in words."""
         self.failure: HttpError | None = None
         """The error that ended a stream, as the replica told it."""
         self.answer: Answer | None = None
-        """An answer that is no stream; the caller decides whether the client gets it."""
+        """An answer that is no stream; who is told of the end decides whether the client gets it."""
         self.untouched = False
         self.passed = False
         """Bytes of a stream that nobody can continue went to the client."""
@@ -208,9 +211,12 @@ class Relay:
         self._request_id = request_id
         self._passes_comments = passes_comments
         self._on_first: Callable[[], None] | None = on_first
+        self._on_end: Callable[[Relay, Break | None], None] | None = on_end
+        """None: it has ended."""
         self._headers: list[tuple[bytes, bytes]] = []
-        self._mode = ""
+        self._mode = _UNKNOWN
         self._parts: list[bytes] = []
+        self._size = 0
         self._buffer = b""
 
     # -- Receiver
@@ -218,7 +224,7 @@ class Relay:
     def head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.status = status
         self._headers = headers
-        self._mode = "whole"
+        self._mode = _WHOLE
         if status == 200:
             streamed = vouched = False
             for name, value in headers:
@@ -227,107 +233,100 @@ class Relay:
                 elif name == b"x-arriero-resume":
                     vouched = True
             if streamed:
-                self._mode = "events" if vouched else "bytes"
-            if self._progress.begun and self._mode != "events":
+                self._mode = _EVENTS if vouched else _BYTES
+            if self._progress.begun and self._mode != _EVENTS:
                 self._fail("the replica cannot continue a stream")
 
     def body(self, data: bytes) -> None:
-        self._parts.append(data)
-
-    def flush(self) -> None:
-        if self.done.done():
-            self._parts.clear()  # behind the end of the stream
-            return
-        if self._mode == "whole":
-            size = sum(map(len, self._parts)) if len(self._parts) < 64 else self._fold()
-            if size <= MAX_ANSWER:
+        if self._on_end is None:
+            return  # behind the end of the stream
+        if self._mode == _WHOLE:
+            self._parts.append(data)
+            self._size += len(data)
+            if self._size <= MAX_ANSWER:
                 return
             if self.status != 200 or self._exchange.started:
                 self._fail(f"the answer is larger than {MAX_ANSWER} bytes")
                 return
-            self._mode = "bytes"  # too large to be kept: from here on nobody can take over
-        parts = self._parts
-        data = parts[0] if len(parts) == 1 else b"".join(parts)
-        parts.clear()
+            self._mode = _BYTES  # too large to be kept: from here on nobody can take over
+            data = b"".join(self._parts)
+            self._parts.clear()
         if self._on_first is not None:
-            self._on_first()
-            self._on_first = None
-        if self._mode == "bytes":
+            self._first()
+        if self._mode == _EVENTS:
+            self._events(self._buffer + data if self._buffer else data)
+        else:
             self.passed = True
             self._write(data)
-        else:
-            self._events(self._buffer + data if self._buffer else data)
 
     def end(self) -> None:
-        if self.done.done():
+        if self._on_end is None:
             return
-        if self._mode == "whole":
+        if self._mode == _WHOLE:
             self._whole()
-        elif self._mode == "bytes":
-            self._start()
+        elif self._mode == _BYTES:
+            if not self._exchange.started:
+                self._write(b"")
             self._exchange.finish()
             self._end(None)
         else:
             self._broken_stream("the answer ended too early")
 
     def broken(self, reason: str, untouched: bool) -> None:
-        if self.done.done():
+        if self._on_end is None:
             return
         self.untouched = untouched
-        if self._mode == "events":
+        if self._mode == _EVENTS:
             self._broken_stream(reason)
         else:
             self._end(Break.CUT, reason)
 
     # -- inside
 
-    def _fold(self) -> int:
-        whole = b"".join(self._parts)
-        self._parts = [whole]
-        return len(whole)
-
-    def _whole(self) -> None:
-        body = b"".join(self._parts)
+    def _first(self) -> None:
         if self._on_first is not None:
             self._on_first()
             self._on_first = None
+
+    def _whole(self) -> None:
+        parts = self._parts
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
+        self._first()
         kind = _kind_of(self.status)
         self.answer = (self.status, self._headers, body)
         self._end(kind, error_of(body).message if kind is not None else "")
 
-    def _start(self) -> None:
-        if not self._exchange.started:
-            content_type, headers = forwarded(self._headers, self._request_id)
-            own = ((HEADER, "1"),) if self._passes_comments and self._mode == "events" else ()
-            self._exchange.start(200, content_type, (*headers, *own))
-
-    def _write(self, data: bytes, last: bool = False) -> None:
+    def _write(self, data: bytes) -> None:
         exchange = self._exchange
-        if not exchange.started:
-            self._start()
-        exchange.write(data)
-        if exchange.blocked and not last:
+        if exchange.started:
+            exchange.write(data)
+        else:
+            exchange.start_with(200, self._lines(), data)
+        if exchange.blocked:
             self._upstream.pause()
             exchange.on_writable = self._upstream.resume
 
+    def _lines(self) -> bytes:
+        lines = forwarded(self._headers, self._request_id)
+        return lines + _VOUCHED if self._passes_comments and self._mode == _EVENTS else lines
+
     def _events(self, data: bytes) -> None:
         """Pass on what stands before the last comment, without the comments; keep the rest."""
-        position, progress = 0, self._progress
-        out: list[bytes] = []
+        position, progress, comments = 0, self._progress, self._passes_comments
+        out = b""
         sound = True
         while True:
-            if data.startswith(_COMMENT, position):
-                stop = start = position
-            else:
-                stop = data.find(_MARKER, position) + 2
-                if stop == 1:
-                    break
-                start = stop
-            end = data.find(b"\n\n", start + len(_COMMENT))
+            # The line feeds that end a comment may be the ones before the next.
+            stop = data.find(_MARKER, position - 2 if position else 0) + 2
+            if position == 0 and data.startswith(_COMMENT):
+                stop = 0
+            elif stop == 1:
+                break
+            end = data.find(b"\n\n", stop + len(_COMMENT))
             if end < 0:
                 break
             try:
-                comment = _comment_of(data[start + len(_COMMENT) : end])
+                comment = _comment_of(data[stop + len(_COMMENT) : end])
             except msgspec.DecodeError:
                 sound = False
                 break
@@ -337,19 +336,21 @@ class Relay:
             last = event.rfind(_NEXT) + 1
             if event.find(_UNFINISHED, last) < 0 and event.startswith(_DATA, last):
                 progress.finished(event[last + len(_DATA) :])
-            out.append(data[position : end + 2] if self._passes_comments else event)
+            piece = data[position : end + 2] if comments else event
+            out = out + piece if out else piece
             position = end + 2
-        self._buffer = rest = data[position:]
-        whole = sound and rest.endswith(_DONE)
-        if whole:
-            out.append(rest)
-        if out:
-            self._write(out[0] if len(out) == 1 else b"".join(out), last=whole)
-        if whole:
-            self._exchange.finish()
+        self._buffer = rest = data[position:] if position else data
+        if sound and rest.endswith(_DONE):
+            if self._exchange.started:
+                self._exchange.finish(out + rest)
+            else:
+                self._exchange.start_with(200, self._lines(), out + rest, last=True)
             self._upstream.resume()
             self._end(None)
-        elif not sound or len(rest) > MAX_EVENT:
+            return
+        if out:
+            self._write(out)
+        if not sound or len(rest) > MAX_EVENT:
             self._fail(
                 f"{MAX_EVENT} bytes came without a resume comment" if sound else "a resume comment is not readable"
             )
@@ -368,13 +369,14 @@ class Relay:
 
     def _fail(self, reason: str) -> None:
         """The replica sends what nobody can use."""
-        self._end(Break.FAILED, reason)
         self._upstream.abandon()
+        self._end(Break.FAILED, reason)
 
     def _end(self, how: Break | None, reason: str = "") -> None:
-        if not self.done.done():
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None:
             self.error = reason
-            self.done.set_result(how)
+            on_end(self, how)
 
 
 def _kind_of(status: int) -> Break | None:
@@ -384,16 +386,16 @@ def _kind_of(status: int) -> Break | None:
     return Break.FAILED if status >= 500 and status not in _OWN_FAULT else None
 
 
-def forwarded(headers: list[tuple[bytes, bytes]], request_id: str) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """(content type, the other headers) of a replica's answer that the client is to see."""
-    content_type = "application/json"
-    kept = [("x-request-id", request_id)]
+def forwarded(headers: list[tuple[bytes, bytes]], request_id: str) -> bytes:
+    """Header lines of a replica's answer that the client is to see, and the request's id."""
+    lines = b""
+    content_type = b"application/json"
     for name, value in headers:
         if name == b"content-type":
-            content_type = value.decode("latin-1")
+            content_type = value
         elif name not in _HOP_BY_HOP:
-            kept.append((name.decode("latin-1"), value.decode("latin-1")))
-    return content_type, tuple(kept)
+            lines += b"%b: %b\r\n" % (name, value)
+    return b"content-type: %b\r\nx-request-id: %b\r\n%b" % (content_type, request_id.encode("latin-1"), lines)
 
 
 def error_of(body: bytes, status: int = 502) -> HttpError:

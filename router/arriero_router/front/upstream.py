@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 from collections import deque
 from typing import Any, Protocol, cast
@@ -15,6 +16,10 @@ MAX_HEAD = 65536
 """Bytes of an answer without any of its body: its head, informational answers before it, chunk headers, trailers."""
 
 
+_CHUNK = re.compile(rb"([0-9a-fA-F]{1,7})\r\n").match
+"""The line before a chunk, as all but everybody writes it."""
+
+
 class UpstreamError(Exception):
     """A replica could not be reached, or broke off."""
 
@@ -22,14 +27,13 @@ class UpstreamError(Exception):
 class Receiver(Protocol):
     """What comes back for one request: `head`, any number of `body`, then `end`; or `broken` at any point, last.
 
-    `flush` follows each batch of `body` that arrived together.
+    `body` gets together what arrived together. It may `abandon` or `pause` the connection; after `end` and `broken` the
+    connection may be another request's.
     """
 
     def head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None: ...
 
     def body(self, data: bytes) -> None: ...
-
-    def flush(self) -> None: ...
 
     def end(self) -> None: ...
 
@@ -44,13 +48,18 @@ class Upstream(asyncio.Protocol):
     __slots__ = (
         "_answered",
         "_bare",
-        "_body_seen",
+        "_between_chunks",
+        "_complete",
         "_headers",
         "_in_body",
         "_informational",
         "_keep",
         "_parser",
+        "_parts",
         "_receiver",
+        "_status",
+        "_surplus",
+        "_time",
         "_used",
         "closed",
         "heard",
@@ -62,17 +71,26 @@ class Upstream(asyncio.Protocol):
         self.pool = pool
         self.transport: asyncio.Transport = None  # type: ignore[assignment]  # set by connection_made, before all else
         self.closed = False
-        self.heard = pool.loop.time()
+        self._time = pool.loop.time
+        self.heard = self._time()
         """When bytes last came, by the loop's clock."""
-        self._parser: Any = None
+        self._parser: Any = httptools.HttpResponseParser(self)
         self._receiver: Receiver | None = None
         self._used = False
         self._answered = False
         self._keep = False
-        self._body_seen = False
+        self._complete = False
+        """The answer is whole; what follows in the same arrival is nobody's."""
+        self._surplus = False
         self._informational = False
         self._in_body = False
+        self._status = 0
+        """Of a head that has just come."""
         self._headers: list[tuple[bytes, bytes]] = []
+        self._parts: list[bytes] = []
+        """Of the body, since the last arrival."""
+        self._between_chunks = False
+        """The parser expects the beginning of a chunk, so whole ones can be taken past it."""
         self._bare = 0
         """Bytes in a row that held no body."""
 
@@ -83,8 +101,7 @@ class Upstream(asyncio.Protocol):
         self._receiver = receiver
         self._answered = False
         self._bare = 0
-        self._parser = httptools.HttpResponseParser(self)
-        self.heard = self.pool.loop.time()
+        self.heard = self._time()
         if self.closed or self.transport.is_closing():
             # It was lost between its making and this: nobody would be told of that any more.
             self._used = True
@@ -138,23 +155,69 @@ class Upstream(asyncio.Protocol):
         if receiver is None:
             self.abort()  # nobody asked
             return
-        self.heard = self.pool.loop.time()
+        self.heard = self._time()
         self._answered = True
-        try:
-            self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            self._break(f"the replica's answer is not HTTP/1.1 ({type(error).__name__})")
-            return
-        if self._body_seen:
-            self._body_seen = False
+        if self._between_chunks:
+            # Most arrivals are one whole chunk; the parser need not see those.
+            size = _CHUNK(data)
+            if size is not None:
+                start = size.end()
+                end = start + int(size[1], 16)
+                if end + 2 == len(data) and end > start and data.endswith(b"\r\n"):
+                    self._bare = 0
+                    receiver.body(data[start:end])
+                    return
+                data = self._take_chunks(data)
+        if data:
+            try:
+                self._parser.feed_data(data)
+            except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+                self._break(f"the replica's answer is not HTTP/1.1 ({type(error).__name__})")
+                return
+            self._between_chunks = self._between_chunks and data.endswith(b"\r\n")
+        if self._status:
+            status, self._status = self._status, 0
+            receiver.head(status, self._headers)
+        parts = self._parts
+        if parts:
             self._bare = 0
+            body = parts[0] if len(parts) == 1 else b"".join(parts)
+            parts.clear()
             if self._receiver is receiver:
-                receiver.flush()
-        elif self._receiver is receiver:
+                receiver.body(body)
+        elif self._receiver is receiver and not self._complete:
             # What the parser keeps of a head or a trailer that never ends is bounded by this alone.
             self._bare += len(data)
             if self._bare > MAX_HEAD:
                 self._break(f"the replica sent {MAX_HEAD} bytes without anything of an answer's body")
+        if self._complete:
+            self._end(receiver)
+
+    def _take_chunks(self, data: bytes) -> bytes:
+        """Put by the bodies of the whole chunks that the data begins with; returns the rest."""
+        position = 0
+        while (size := _CHUNK(data, position)) is not None:
+            start = size.end()
+            end = start + int(size[1], 16)
+            if end == start or data[end : end + 2] != b"\r\n":
+                break
+            self._parts.append(data[start:end])
+            position = end + 2
+        return data[position:]
+
+    def _end(self, receiver: Receiver) -> None:
+        self._complete = self._between_chunks = False
+        if self._receiver is not receiver:
+            return  # it has given up
+        self._receiver = None
+        self._used = True
+        if self._keep and not self._surplus and not self.closed:
+            if not self.transport.is_reading():
+                self.transport.resume_reading()
+            self.pool.idle(self)
+        else:
+            self.abort()
+        receiver.end()
 
     def eof_received(self) -> bool:
         return False
@@ -162,6 +225,7 @@ class Upstream(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self.closed = True
         self.pool.lost(self)
+        self._parser = None  # each knows the other
         receiver = self._receiver
         if receiver is None:
             return
@@ -180,8 +244,8 @@ class Upstream(asyncio.Protocol):
     def on_message_begin(self) -> None:
         self._headers = []
         self._in_body = False
-        if self._receiver is None and not self.closed:
-            self.abort()  # more than was asked for: whose answer comes next could not be told
+        if self._complete:
+            self._surplus = True  # more than was asked for: whose answer comes next could not be told
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_body:  # it would be a trailer
@@ -190,37 +254,27 @@ class Upstream(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
         self._informational = status < 200
-        if self._informational or self._receiver is None:
+        if self._informational or self._receiver is None or self._complete:
             return
         self._in_body = True
         self._keep = self._parser.should_keep_alive()
-        self._receiver.head(status, self._headers)
+        self._status = status
+        codings = [value for name, value in self._headers if name == b"transfer-encoding"]
+        self._between_chunks = codings == [b"chunked"]
+
+    def on_chunk_header(self) -> None:
+        self._between_chunks = False
+
+    def on_chunk_complete(self) -> None:
+        self._between_chunks = True
 
     def on_body(self, body: bytes) -> None:
-        if self._receiver is not None:
-            self._body_seen = True
-            self._receiver.body(body)
+        if not self._complete:
+            self._parts.append(body)
 
     def on_message_complete(self) -> None:
-        if self._informational:
-            return
-        receiver = self._receiver
-        if receiver is None:
-            return
-        if self._body_seen:
-            self._body_seen = False
-            receiver.flush()
-            if self._receiver is not receiver:
-                return  # it has given up
-        self._receiver = None
-        self._used = True
-        if self._keep and not self.closed:
-            if not self.transport.is_reading():
-                self.transport.resume_reading()
-            self.pool.idle(self)
-        else:
-            self.abort()
-        receiver.end()
+        if not self._informational:
+            self._complete = True
 
 
 class UpstreamPool:
@@ -238,7 +292,7 @@ class UpstreamPool:
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.host, self.port = host, port
-        self.authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.authority = (f"[{host}]:{port}" if ":" in host else f"{host}:{port}").encode("latin-1")
         """For the Host header."""
         self._connect_seconds = connect_seconds
         self._max_idle = max_idle

@@ -21,7 +21,6 @@ class Answer:
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
         self.data = b""
-        self.flushed = 0
         self.reason = ""
         self.untouched = False
         self.whole: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
@@ -31,14 +30,10 @@ class Answer:
         self.status, self.headers = status, headers
 
     def body(self, data: bytes) -> None:
+        assert data, "something came"
         self.data += data
 
-    def flush(self) -> None:
-        assert len(self.data) > self.flushed, "something came"
-        self.flushed = len(self.data)
-
     def end(self) -> None:
-        assert self.flushed == len(self.data)
         self.whole.set_result(True)
 
     def broken(self, reason: str, untouched: bool) -> None:
