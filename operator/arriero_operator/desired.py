@@ -12,6 +12,7 @@ from typing import Any
 
 from arriero_operator import names, router, workers
 from arriero_operator.accept import Accepted, accept
+from arriero_operator.children import Child
 from arriero_operator.groups import Group, groups_of, lost_pods
 from arriero_operator.inspector import inspector_pod, stale
 from arriero_operator.observe import Node, Observed, Pod, timestamp
@@ -22,7 +23,7 @@ from arriero_operator.situation import Situation
 from arriero_operator.status import events, status_of
 from arriero_operator.verdict import Verdicts
 from arriero_operator.wanted import Wanted
-from arriero_operator.writes import Apply, Delete, Drain, Patch, SetStatus, Write, delete_of, delete_pod, up_to_date
+from arriero_operator.writes import Apply, Delete, Drain, Patch, SetStatus, Write, delete_of, delete_pod
 
 _PRUNED = (
     "ConfigMap",
@@ -64,8 +65,8 @@ def desired(observed: Observed, settings: Settings) -> Desired:
     verdicts = observed.verdicts
     if verdicts is None:
         verdicts = place(observed.nodes, waiting, observed.now, settings.patience_seconds)
-    objects = _objects(wanted, groups, steps, revision, observed) if wanted is not None else []
-    taken = [f"{o['kind']} {o['metadata']['name']}" for o in objects if _is_anothers(observed, o)]
+    children = _children(wanted, groups, steps, revision, observed) if wanted is not None else []
+    taken = [f"{child.kind} {child.name}" for child in children if _is_anothers(observed, child)]
     situation = Situation(
         observed=observed,
         accepted=accepted,
@@ -77,13 +78,13 @@ def desired(observed: Observed, settings: Settings) -> Desired:
     status = status_of(situation)
     writes: list[Write] = [
         *_inspection(observed, accepted, settings),
-        *_applies(observed, objects),
+        *(_applies(observed, wanted, children) if wanted is not None else []),
         *_fences(observed, groups),
         *_recalls(observed, verdicts, settings),
         *_pins(observed, verdicts),
         *(_mark_draining(group, observed.now) for group in steps.drain),
         *_removals(steps.delete),
-        *(_prunes(observed, objects) if wanted is not None else []),
+        *(_prunes(observed, children) if wanted is not None else []),
         *events(situation, status),
     ]
     if status != (observed.resource.get("status") or {}):
@@ -116,29 +117,27 @@ def _target(wanted: Wanted, revision: str) -> Target:
     )
 
 
-def _objects(
-    wanted: Wanted, groups: Sequence[Group], steps: Steps, revision: str, observed: Observed
-) -> list[dict[str, Any]]:
+def _children(wanted: Wanted, groups: Sequence[Group], steps: Steps, revision: str, observed: Observed) -> list[Child]:
     """Everything wanted, in the order in which it is made: what pods refer to comes before the pods."""
-    objects = router.deployment_objects(wanted)
+    children = router.deployment_children(wanted.name)
+    leaving = {group.name for group in (*steps.delete, *steps.drain)}
     for group in groups:
-        objects += [workers.group_service(wanted, group.replica), workers.group_policy(wanted, group.replica)]
+        children += workers.group_access(wanted.name, group.replica)
         if group.revision != revision or group.deleting:
             # It keeps what it was made with; a change would mix two revisions in one group.
             continue
-        objects.append(workers.launch_config(wanted, group.replica, revision))
-        if group.live and group not in steps.delete and group not in steps.drain:
+        children.append(workers.group_config(wanted.name, group.replica, revision))
+        if group.live and group.name not in leaving:
             gated = group.gated and not group.placed
             domain = None if gated else _domain(wanted, group, observed.nodes)
-            objects.append(workers.stateful_set(wanted, group.replica, revision, gated=gated, domain=domain))
+            children.append(workers.group_pods(wanted.name, group.replica, revision, gated=gated, domain=domain))
     for replica in steps.create:
-        objects += [
-            workers.group_service(wanted, replica),
-            workers.group_policy(wanted, replica),
-            workers.launch_config(wanted, replica, revision),
-            workers.stateful_set(wanted, replica, revision, gated=True),
+        children += [
+            *workers.group_access(wanted.name, replica),
+            workers.group_config(wanted.name, replica, revision),
+            workers.group_pods(wanted.name, replica, revision, gated=True),
         ]
-    return objects
+    return children
 
 
 def _domain(wanted: Wanted, group: Group, nodes: Sequence[Node]) -> tuple[str, str] | None:
@@ -158,21 +157,18 @@ def _domain(wanted: Wanted, group: Group, nodes: Sequence[Node]) -> tuple[str, s
     return (placement.topology_key, value) if value is not None else None
 
 
-def _applies(observed: Observed, objects: Sequence[dict[str, Any]]) -> list[Write]:
-    return [
-        Apply(rendered, new=_seen(observed, rendered) is None)
-        for rendered in objects
-        if not _is_anothers(observed, rendered) and not up_to_date(_seen(observed, rendered), rendered)
-    ]
+def _applies(observed: Observed, wanted: Wanted, children: Sequence[Child]) -> list[Write]:
+    writes = (
+        child.write(wanted, observed.find(child.kind, child.name))
+        for child in children
+        if not _is_anothers(observed, child)
+    )
+    return [write for write in writes if write is not None]
 
 
-def _seen(observed: Observed, rendered: dict[str, Any]) -> Any:
-    return observed.find(rendered["kind"], rendered["metadata"]["name"])
-
-
-def _is_anothers(observed: Observed, rendered: dict[str, Any]) -> bool:
+def _is_anothers(observed: Observed, child: Child) -> bool:
     """Whether somebody else's object has the name: it is left alone, and said so."""
-    seen = _seen(observed, rendered)
+    seen = observed.find(child.kind, child.name)
     return seen is not None and not observed.owns(seen)
 
 
@@ -260,8 +256,8 @@ def _removals(groups: Iterable[Group]) -> list[Write]:
     ]
 
 
-def _prunes(observed: Observed, objects: Sequence[dict[str, Any]]) -> list[Write]:
-    kept = {(o["kind"], o["metadata"]["name"]) for o in objects}
+def _prunes(observed: Observed, children: Sequence[Child]) -> list[Write]:
+    kept = {(child.kind, child.name) for child in children}
     return [
         delete_of(seen, "it is not wanted any more")
         for kind in _PRUNED

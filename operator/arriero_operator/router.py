@@ -7,9 +7,11 @@ from typing import Any
 import yaml
 
 from arriero_operator import names
+from arriero_operator.children import Child
 from arriero_operator.wanted import CONTROL, GRPC, HTTP, Wanted, digest
 
 _CONFIG_DIRECTORY = "/etc/arriero"
+_RBAC = "rbac.authorization.k8s.io"
 _USER = 65532
 # The router ends within drainSeconds by itself; what comes on top is a process's end.
 _AFTER_DRAIN = 15
@@ -20,14 +22,28 @@ _WAKE_SECONDS = 900
 
 def deployment_objects(wanted: Wanted) -> list[dict[str, Any]]:
     """Everything of a deployment but its groups, in the order in which it is made."""
+    return [child.render(wanted) for child in deployment_children(wanted.name)]
+
+
+def deployment_children(deployment: str) -> list[Child]:
+    """The same, not yet rendered."""
+    name = names.router_name(deployment)
     return [
-        leaders_service(wanted),
-        *_access(wanted),
-        _router_config(wanted),
-        _router_service(wanted),
-        _router_deployment(wanted),
-        _budget(wanted, names.router_name(wanted.name), names.ROUTER),
-        _budget(wanted, names.workers_name(wanted.name), names.WORKER),
+        Child("Service", names.leaders_service(deployment), leaders_service),
+        # The router may see EndpointSlices of its namespace, and nothing else.
+        Child("ServiceAccount", name, _account),
+        Child("Role", name, _role),
+        Child("RoleBinding", name, _role_binding),
+        Child("ConfigMap", name, _router_config),
+        Child("Service", name, _router_service),
+        Child("Deployment", name, _router_deployment),
+        Child("PodDisruptionBudget", name, _budget, (name, names.ROUTER)),
+        Child(
+            "PodDisruptionBudget",
+            names.workers_name(deployment),
+            _budget,
+            (names.workers_name(deployment), names.WORKER),
+        ),
     ]
 
 
@@ -71,23 +87,26 @@ def _router_config(wanted: Wanted) -> dict[str, Any]:
     return wanted.child("v1", "ConfigMap", names.router_name(wanted.name), names.ROUTER, data={"router.yaml": text})
 
 
-def _access(wanted: Wanted) -> list[dict[str, Any]]:
-    """The router may see EndpointSlices of its namespace, and nothing else."""
+def _account(wanted: Wanted) -> dict[str, Any]:
     name = names.router_name(wanted.name)
-    rbac = "rbac.authorization.k8s.io"
+    return wanted.child("v1", "ServiceAccount", name, names.ROUTER, automountServiceAccountToken=False)
+
+
+def _role(wanted: Wanted) -> dict[str, Any]:
     rule = {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]}
-    return [
-        wanted.child("v1", "ServiceAccount", name, names.ROUTER, automountServiceAccountToken=False),
-        wanted.child(f"{rbac}/v1", "Role", name, names.ROUTER, rules=[rule]),
-        wanted.child(
-            f"{rbac}/v1",
-            "RoleBinding",
-            name,
-            names.ROUTER,
-            roleRef={"apiGroup": rbac, "kind": "Role", "name": name},
-            subjects=[{"kind": "ServiceAccount", "name": name, "namespace": wanted.namespace}],
-        ),
-    ]
+    return wanted.child(f"{_RBAC}/v1", "Role", names.router_name(wanted.name), names.ROUTER, rules=[rule])
+
+
+def _role_binding(wanted: Wanted) -> dict[str, Any]:
+    name = names.router_name(wanted.name)
+    return wanted.child(
+        f"{_RBAC}/v1",
+        "RoleBinding",
+        name,
+        names.ROUTER,
+        roleRef={"apiGroup": _RBAC, "kind": "Role", "name": name},
+        subjects=[{"kind": "ServiceAccount", "name": name, "namespace": wanted.namespace}],
+    )
 
 
 def _router_service(wanted: Wanted) -> dict[str, Any]:

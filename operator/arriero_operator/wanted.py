@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from arriero_operator import names
@@ -30,6 +30,8 @@ class Wanted:
     """When the resource was created, as the API wrote it."""
     settings: Settings
     scale: Scale
+    known: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What was found out before from the same deployment, plan and settings, for whoever would compute it again."""
 
     @property
     def name(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from arriero_operator import names
+from arriero_operator.children import Child
 from arriero_operator.model_volume import MODEL_DIRECTORY, model_parts
 from arriero_operator.overlay import merge
 from arriero_operator.quantity import GIB, format_bytes
@@ -30,8 +31,12 @@ def revision_of(wanted: Wanted) -> str:
     It is the same for every group of a deployment, and does not depend on scheduling, which is nobody's business once
     a pod runs.
     """
-    launch = group_launch(wanted, _ANY_GROUP).model_dump(mode="json")
-    return digest([_template(wanted, _ANY_GROUP, "", gated=False, domain=None), launch])
+    known = wanted.known.get("revision")
+    if known is None:
+        launch = group_launch(wanted, _ANY_GROUP).model_dump(mode="json")
+        known = digest([_template(wanted, _ANY_GROUP, "", gated=False, domain=None), launch])
+        wanted.known["revision"] = known
+    return str(known)
 
 
 def group_launch(wanted: Wanted, group: str) -> Launch:
@@ -46,6 +51,33 @@ def group_launch(wanted: Wanted, group: str) -> Launch:
         model_path=model_parts(wanted.deployment.spec.model.source, wanted.settings).path,
         run_directory=RUN_DIRECTORY,
     )
+
+
+def group_access(deployment: str, replica: int) -> list[Child]:
+    """What a group is reached by, and by whom."""
+    group = names.group_name(deployment, replica)
+    return [
+        Child("Service", group, group_service, (replica,)),
+        Child("NetworkPolicy", group, group_policy, (replica,)),
+    ]
+
+
+def group_config(deployment: str, replica: int, revision: str) -> Child:
+    name = names.launch_name(names.group_name(deployment, replica), revision)
+    return Child("ConfigMap", name, launch_config, (replica, revision))
+
+
+def group_pods(
+    deployment: str, replica: int, revision: str, *, gated: bool, domain: tuple[str, str] | None = None
+) -> Child:
+    group = names.group_name(deployment, replica)
+    return Child("StatefulSet", group, _stateful_set, (replica, revision, gated, domain))
+
+
+def _stateful_set(
+    wanted: Wanted, replica: int, revision: str, gated: bool, domain: tuple[str, str] | None
+) -> dict[str, Any]:
+    return stateful_set(wanted, replica, revision, gated=gated, domain=domain)
 
 
 def launch_config(wanted: Wanted, replica: int, revision: str) -> dict[str, Any]:
@@ -246,7 +278,8 @@ def _container(wanted: Wanted) -> dict[str, Any]:
         # Reading the weights takes as long as it takes, and is no reason to kill a pod that is alive.
         "startupProbe": _probe("liveness", periodSeconds=2, failureThreshold=60),
         "livenessProbe": _probe("liveness", periodSeconds=10, failureThreshold=3),
-        "readinessProbe": _probe("readiness", periodSeconds=2, failureThreshold=1),
+        # The router hears of trouble from the engine itself, at once; this one must not flap on a busy node.
+        "readinessProbe": _probe("readiness", periodSeconds=2, failureThreshold=3),
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -293,7 +326,7 @@ def _within(affinity: dict[str, Any], domain: tuple[str, str], *, required: bool
 
 
 def _probe(service: str, **numbers: int) -> dict[str, Any]:
-    return {"grpc": {"port": CONTROL, "service": service}, "timeoutSeconds": 2, "successThreshold": 1, **numbers}
+    return {"grpc": {"port": CONTROL, "service": service}, "timeoutSeconds": 5, "successThreshold": 1, **numbers}
 
 
 def _service_port(name: str, port: int) -> dict[str, Any]:
