@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from tests.charts.variants import NAMESPACE
-
-# The cluster's own fixtures, for tests that are marked so.
-from tests.cluster.conftest import (  # noqa: F401
-    cluster,
-    own_cluster,
+from tests.cluster import machine
+from tests.cluster.cluster import Cluster, start_cluster
+from tests.cluster.conftest import (  # noqa: F401 - hooks of this room too
     pytest_collection_modifyitems,
     pytest_runtest_makereport,
+    unavailable,
 )
 from tools import manifests
 
@@ -76,14 +74,23 @@ class Chart:
 
 @pytest.fixture(scope="session")
 def chart() -> Chart:
-    """The chart; skipped where helm is missing, failed in CI, where nobody reads skips."""
+    """The chart; skipped where helm is missing, failed in CI."""
     helm = manifests.find_helm()
     if helm is None:
-        reason = "helm: not built yet (python tools/cluster/build.py helm)"
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"CI must render the chart: {reason}", pytrace=False)
-        pytest.skip(reason)
+        unavailable("helm: not built yet (python tools/cluster/build.py helm)")
     return Chart(helm)
+
+
+@pytest.fixture(scope="package")
+def cluster() -> Iterator[Cluster]:
+    """One for the chart alone: it is installed, upgraded and removed here, and claims names that others use, too."""
+    if lack := machine.why_no_control_plane():
+        unavailable(lack)
+    made = start_cluster(0 if machine.why_no_nodes() else 2)
+    try:
+        yield made
+    finally:
+        made.close()
 
 
 def find(objects: list[Object], kind: str, name: str = "") -> Object:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -13,8 +13,11 @@ import yaml
 from tests.charts.conftest import Chart, find
 from tests.charts.monitoring_crds import definitions
 from tests.charts.variants import NAMESPACE, SERVED, VARIANTS
+from tests.cluster import machine
 from tests.cluster.cluster import Cluster
+from tests.cluster.conftest import unavailable
 from tests.cluster.processes import ClusterError, wait_until, without_proxies
+from tests.cluster.thin import PRODUCT_IMAGES
 from tests.operator.fake_cluster import NAMESPACE as LLAMAS
 from tests.operator.fake_cluster import SETTINGS, FakeCluster
 from tools import manifests
@@ -29,27 +32,30 @@ OURS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/llamadeployments
 APPLY = ("apply", "--server-side", "--validate=strict", "--force-conflicts", "--filename=-")
 # Objects say their namespaces themselves.
 DRY_RUN = (*APPLY, "--dry-run=server", "--namespace=")
-# Nobody is to pull anything here.
-QUIET = {"images": {"pullPolicy": "Never"}}
+# Of the test cluster: the checkout as it is.
+IMAGES = {program: {"repository": f"arriero-{program}", "tag": "test"} for program in ("operator", "router", "worker")}
+assert {f"{image['repository']}:{image['tag']}" for image in IMAGES.values()} == set(PRODUCT_IMAGES.values())
 
 
-def helm(chart: Chart, cluster: Cluster, *arguments: str, values: Mapping[str, Any] = QUIET) -> str:
+def helm(chart: Chart, cluster: Cluster, command: str, *arguments: str) -> str:
     """helm on the cluster, as a person uses it."""
     outcome = subprocess.run(
-        [str(chart.helm), *arguments, f"--namespace={NAMESPACE}"],
-        input=yaml.safe_dump(dict(values)),
+        [str(chart.helm), command, "arriero", *arguments, f"--namespace={NAMESPACE}"],
+        input=yaml.safe_dump({"images": IMAGES}),
         env={**without_proxies(), "KUBECONFIG": str(cluster.kubeconfig)},
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=180,
     )
-    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.returncode == 0, f"{outcome.stdout}\n{outcome.stderr}"
     return outcome.stdout
 
 
 def install(chart: Chart, cluster: Cluster) -> None:
-    helm(chart, cluster, "install", "arriero", str(manifests.CHART), "--values=-")
+    # Without nodes nothing ever runs.
+    waiting = ["--wait", "--timeout=120s"] if cluster.nodes else []
+    helm(chart, cluster, "install", str(manifests.CHART), "--values=-", *waiting)
 
 
 def is_served(cluster: Cluster, path: str) -> bool:
@@ -62,29 +68,36 @@ def is_served(cluster: Cluster, path: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def cluster_with(own_cluster: Cluster, chart: Chart) -> Iterator[Cluster]:
+def cluster_with(cluster: Cluster, chart: Chart) -> Cluster:
     """The cluster with the chart installed, and the namespaces and kinds that its variants refer to."""
-    api = own_cluster.api
+    api = cluster.api
     level = {"pod-security.kubernetes.io/enforce": "restricted"}
-    namespaces = (NAMESPACE, *SERVED)
-    for name in namespaces:
+    for name in (NAMESPACE, *SERVED):
         api.create("/api/v1/namespaces", {"metadata": {"name": name, "labels": level}})
-    for definition in definitions():
-        own_cluster.kubectl().apply(definition)
-    for plural in ("servicemonitors", "podmonitors"):
-        path = f"/apis/monitoring.coreos.com/v1/{plural}"
-        wait_until(lambda path=path: is_served(own_cluster, path), f"service of {plural}", 30.0)
-    install(chart, own_cluster)
+    cluster.kubectl().apply(*definitions())
+    install(chart, cluster)
     ours = "/apis/serving.arriero.dev/v1alpha1/llamadeployments"
-    wait_until(lambda: is_served(own_cluster, ours), "service of llamadeployments", 30.0)
-    for name in namespaces:
+    monitors = [f"/apis/monitoring.coreos.com/v1/{plural}" for plural in ("servicemonitors", "podmonitors")]
+    for path in (ours, *monitors):
+        wait_until(lambda path=path: is_served(cluster, path), f"service of {path}", 30.0)
+    for name in (NAMESPACE, *SERVED):
         account = f"/api/v1/namespaces/{name}/serviceaccounts/default"
         wait_until(lambda account=account: api.exists(account), f"service account of {name}", 30.0)
-    yield own_cluster
-    helm(chart, own_cluster, "uninstall", "arriero")
-    names = [definition["metadata"]["name"] for definition in definitions()]
-    own_cluster.kubectl()("delete", "crd", "llamadeployments.serving.arriero.dev", *names)
-    own_cluster.kubectl()("delete", "namespace", *namespaces, timeout=120.0)
+    return cluster
+
+
+def test_helm_test_passes_on_what_helm_installed(cluster_with: Cluster, chart: Chart) -> None:
+    if not cluster_with.nodes:
+        unavailable(machine.why_no_nodes() or "the cluster has no nodes")
+    told = helm(chart, cluster_with, "test", "--logs", "--timeout=120s")
+    assert "the operator is ready\nllamadeployments are served" in told
+    deployment = cluster_with.api.get(f"/apis/apps/v1/namespaces/{NAMESPACE}/deployments/arriero-operator")
+    assert deployment["status"]["readyReplicas"] == 2
+    pods = cluster_with.api.get(f"/api/v1/namespaces/{NAMESPACE}/pods")["items"]
+    operators = {pod["metadata"]["name"]: pod["spec"]["nodeName"] for pod in pods}
+    assert len(set(operators.values())) == 2, "one on each node"
+    lease = cluster_with.api.get(f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases/arriero-operator")
+    assert lease["spec"]["holderIdentity"] in operators
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -274,13 +287,13 @@ def test_an_upgrade_brings_the_definition_and_uninstalling_leaves_it(cluster_wit
     older = [{"op": "remove", "path": "/spec/versions/0/additionalPrinterColumns/0"}]
     cluster_with.api.patch(OURS, older, "application/json-patch+json")
     assert columns(cluster_with) == before[1:]
-    helm(chart, cluster_with, "upgrade", "arriero", str(manifests.CHART), "--values=-", "--force-conflicts")
+    helm(chart, cluster_with, "upgrade", str(manifests.CHART), "--values=-", "--force-conflicts")
     assert columns(cluster_with) == before
 
     tiny = (manifests.ROOT / "examples" / "llama-3.1-8b.yaml").read_text()
     cluster_with.kubectl(LLAMAS)("apply", "--filename=-", stdin=tiny)
     uid = cluster_with.api.get(OURS)["metadata"]["uid"]
-    helm(chart, cluster_with, "uninstall", "arriero")
+    helm(chart, cluster_with, "uninstall")
     assert cluster_with.api.get(OURS)["metadata"]["uid"] == uid
     assert cluster_with.kubectl(LLAMAS).get("llama", "llama-8b")["spec"]["model"]["name"]
     accounts = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/arriero-operator"
