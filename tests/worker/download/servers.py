@@ -52,7 +52,7 @@ class Answer:
 class Loopback:
     """An HTTP server in threads. `answer` makes the whole answer to a request; ranges and faults are applied to it."""
 
-    def __init__(self, answer: Callable[[Request], Answer]) -> None:
+    def __init__(self, answer: Callable[[Request], Answer], host: str = "127.0.0.1") -> None:
         self._answer = answer
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
@@ -80,8 +80,8 @@ class Loopback:
             def handle_error(self, request: Any, client_address: Any) -> None:
                 pass  # clients are killed here
 
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._server = Server((host, 0), Handler)
+        self.url = f"http://{host}:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
 
@@ -227,13 +227,13 @@ class Hub:
 class ObjectStore:
     """S3's ListObjectsV2 and GetObject for one bucket, addressed by path. Signatures are looked for, not computed."""
 
-    def __init__(self, objects: dict[str, bytes], bucket: str = "models") -> None:
+    def __init__(self, objects: dict[str, bytes], bucket: str = "models", host: str = "127.0.0.1") -> None:
         self.objects, self.bucket = objects, bucket
         self.page = 3
         """Keys of one page of a listing."""
         self.key = "AKIATEST"
         self.etag: Callable[[bytes], str] = lambda content: hashlib.md5(content).hexdigest()
-        self.main = Loopback(self._answer)
+        self.main = Loopback(self._answer, host)
 
     def close(self) -> None:
         self.main.close()
