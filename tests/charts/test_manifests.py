@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import yaml
 from tests.charts.conftest import Chart
-from tools import dashboard, manifests
+from tools import crd, dashboard, manifests
 
-INSTALL = [*yaml.safe_load_all(manifests.INSTALL.read_text())]
-REMEDY = "run: python -m tools.manifests"
+INSTALL = [*yaml.safe_load_all(crd.INSTALL.read_text())]
 
 
-def test_the_charts_definition_is_current() -> None:
-    assert manifests.CRD_TEMPLATE.read_text() == manifests.crd_template(), REMEDY
+def test_the_definition_is_the_same_wherever_it_stands() -> None:
+    assert crd.CHART_TEMPLATE.read_text() == crd.chart_template(), "run: python tools/crd.py"
+    assert crd.INSTALL.read_text() == crd.installed(crd.INSTALL.read_text()), "run: python tools/crd.py"
 
 
 def test_install_yaml_is_current(chart: Chart) -> None:
-    assert manifests.INSTALL.read_text() == manifests.install(chart.helm), REMEDY
-
-
-def test_install_yaml_is_the_same_each_time(chart: Chart) -> None:
-    assert manifests.install(chart.helm) == manifests.install(chart.helm)
+    assert crd.INSTALL.read_text() == manifests.install(chart.helm), "run: python -m tools.manifests"
 
 
 def test_the_dashboard_is_current() -> None:
@@ -43,16 +37,7 @@ def test_the_namespace_holds_pods_to_the_restricted_level() -> None:
 
 
 def test_nothing_says_that_helm_has_it() -> None:
-    def words(part: Any) -> str:
-        return yaml.safe_dump(part)
-
     for item in INSTALL:
-        assert "Helm" not in words(item)
-        assert "helm.sh" not in words(item)
-        assert item["metadata"].get("annotations", {}).get("helm.sh/hook") is None
-
-
-def test_the_definition_without_helm_is_the_same() -> None:
-    crd = yaml.safe_load((manifests.ROOT / "manifests" / "crd.yaml").read_text())
-    (installed,) = [item for item in INSTALL if item["kind"] == "CustomResourceDefinition"]
-    assert installed == crd
+        text = yaml.safe_dump(item["metadata"])
+        assert "Helm" not in text
+        assert "helm.sh" not in text

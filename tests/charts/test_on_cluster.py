@@ -20,7 +20,7 @@ from tests.cluster.processes import ClusterError, wait_until, without_proxies
 from tests.cluster.thin import PRODUCT_IMAGES
 from tests.operator.fake_cluster import NAMESPACE as LLAMAS
 from tests.operator.fake_cluster import SETTINGS, FakeCluster
-from tools import manifests
+from tools import crd, manifests
 
 from arriero_operator.desired import desired
 from arriero_operator.writes import Apply
@@ -108,7 +108,7 @@ def test_the_api_server_takes_every_variant(cluster_with: Cluster, chart: Chart,
 
 
 def test_the_api_server_takes_the_manifests_without_helm(cluster_with: Cluster) -> None:
-    told = cluster_with.kubectl()(*DRY_RUN, stdin=manifests.INSTALL.read_text())
+    told = cluster_with.kubectl()(*DRY_RUN, stdin=crd.INSTALL.read_text())
     assert "deployment.apps/arriero-operator serverside-applied" in told
 
 
