@@ -43,6 +43,7 @@ def router_config(
                 },
             }
         ],
+        "leaveSeconds": 0,
         "drainSeconds": deployment.spec.rollout.drain_seconds,
         "accessLog": {"path": access_log},
     }

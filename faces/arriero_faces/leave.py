@@ -15,11 +15,14 @@ class Leave:
         self._loop = asyncio.get_running_loop()
         self._asked, self._now = asyncio.Event(), asyncio.Event()
         self._seen: set[int] = set()
+        self._first = 0
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._signalled, number)
 
-    async def asked(self) -> None:
+    async def asked(self) -> int:
+        """Returns the signal's number when the first one has come."""
         await self._asked.wait()
+        return self._first
 
     async def drain(self, draining: Coroutine[Any, Any, bool]) -> None:
         """Returns when it is over, or at once when told to stop now."""
@@ -33,5 +36,6 @@ class Leave:
         # A terminal's Ctrl-C reaches every process of the group and a supervisor may add its SIGTERM: that is one wish.
         if number in self._seen:
             self._now.set()
+        self._first = self._first or number
         self._seen.add(number)
         self._asked.set()

@@ -81,6 +81,11 @@ class Config(Part):
     access_log: AccessLog = Field(default_factory=AccessLog, description="a line per request")
     tracing: Tracing | None = Field(default=None, description="spans of requests; omitted: none")
     drain_seconds: Seconds = Field(default=120, description="time that running requests get when the router is stopped")
+    leave_seconds: Seconds = Field(
+        default=5,
+        description="of these, how long new requests are still taken after SIGTERM, until load balancers have heard "
+        "that it is not ready",
+    )
     answer_tokens: int = Field(
         default=256,
         ge=1,

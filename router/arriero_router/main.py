@@ -22,9 +22,9 @@ EXIT_USAGE = 2
 def run_router(path: str, config: Config, siblings: Siblings | None = None) -> int:
     """Serve until told to stop; the process's exit status.
 
-    SIGTERM and SIGINT drain: running requests may end within `drainSeconds`; a second one of the same kind stops at
-    once. SIGHUP reads the configuration again and reopens the access log. The status is 0, or 1 where the faces could
-    not be opened.
+    SIGTERM and SIGINT drain: running requests may end within `drainSeconds`, and for `leaveSeconds` of them a router
+    that got SIGTERM takes new ones; a second one of the same kind stops at once. SIGHUP reads the configuration again
+    and reopens the access log. The status is 0, or 1 where the faces could not be opened.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(path, config, siblings))
@@ -44,8 +44,10 @@ async def _serve(path: str, config: Config, siblings: Siblings | None) -> int:
         log.error("cannot start: %s", error)
         await router.stop()
         return EXIT_USAGE if isinstance(error, ConfigError) else 1
-    await leave.asked()
-    await leave.drain(router.drain(router.config.drain_seconds))
+    asked = await leave.asked()
+    # Nobody deals out traffic to a router that is stopped from a terminal.
+    window = router.config.leave_seconds if asked == signal.SIGTERM else 0.0
+    await leave.drain(router.drain(router.config.drain_seconds, window))
     await router.stop()
     log.info("stopped")
     return 0

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 _MOST_TOKENS = 1 << 20
 """That a request's estimate may come to, whatever it asks for."""
 
+_LAST_WORDS = 0.5
+"""Seconds for telling those who are still held at the end of a drain that they are refused."""
+
 log = logging.getLogger("arriero.router")
 
 
@@ -48,6 +51,8 @@ class Router:
         self.metrics = Metrics()
         self.started = int(time.time())
         self.draining = False
+        self._leaving = False
+        """It takes no new request."""
         self.served: list[Served] = []
         self._siblings = siblings
         self._run = secrets.token_hex(8)
@@ -130,16 +135,35 @@ class Router:
             except OSError as error:
                 log.error("the access log cannot be opened again: %s", error.strerror)
 
-    async def drain(self, seconds: float) -> bool:
-        """Not ready any more, and nothing new on kept connections; whether all requests ended in time."""
+    async def drain(self, seconds: float, leave: float = 0.0) -> bool:
+        """Not ready any more; whether all requests ended within `seconds`.
+
+        For the first `leave` of them nothing else changes but that answers end their connections: whoever deals out
+        traffic learns only by and by that none should come here. Then new requests are refused, gRPC clients are told
+        to go elsewhere, and what runs may end. What is still held at the end is refused, what is being answered is cut
+        off.
+        """
         log.info("draining, for %g s at most", seconds)
-        self.draining = True
+        self.draining = self.http.draining = True
         self.grpc.drain()
-        self.http.drain()
         deadline = time.monotonic() + seconds
-        while left := self.http.busy + self.grpc.busy:
+        await asyncio.sleep(min(leave, seconds))
+        self._leaving = True
+        self.http.drain()
+        self._watch(self.grpc.leave(max(0.0, deadline - time.monotonic()) + _LAST_WORDS))
+        if await self._finished(deadline):
+            return True
+        for served in self.served:
+            served.dispatcher.turn_away("the router is leaving")
+        await self._finished(time.monotonic() + _LAST_WORDS, held=True)
+        if left := self.http.busy + self.grpc.busy:
+            log.warning("the drain's time is over; %d requests are cut off", left)
+        return not left
+
+    async def _finished(self, deadline: float, held: bool = False) -> bool:
+        """Whether no request is left in time; `held`: none that waits."""
+        while any(served.dispatcher.held for served in self.served) if held else self.http.busy + self.grpc.busy:
             if time.monotonic() >= deadline:
-                log.warning("the drain's time is over; %d requests are cut off", left)
                 return False
             await asyncio.sleep(0.02)
         return True
@@ -226,8 +250,10 @@ class Router:
         seconds: float = FOREVER,
     ) -> Record:
         """Begin a request, counted against its key's limits; to be closed. `trace` reads the client's trace headers,
-        `seconds` is the client's own limit for all of it. Raises HttpError 429.
+        `seconds` is the client's own limit for all of it. Raises HttpError 429, 503.
         """
+        if self._leaving:
+            raise HttpError(503, "the router is leaving", code="draining", retry_after=1)
         now = time.monotonic()
         if self._keys is not None:
             # A key's priority is what its requests may not go before.

@@ -99,6 +99,11 @@ class Dispatcher:
         """The waiter waits no longer: its client is gone."""
         self.queue.remove(waiter)
 
+    def turn_away(self, why: str) -> None:
+        """Nobody is held any longer."""
+        for held in self.queue.expire(FOREVER):
+            held.item.refused(Refusal(False, why, 1.0))
+
     def first_token(self, grant: Grant) -> None:
         """The answer has begun."""
         if grant.unworked:

@@ -100,6 +100,11 @@ class GrpcFace:
         """No longer serving, says the health service; calls go on."""
         self._draining = asyncio.get_running_loop().create_task(self._set_serving(False))
 
+    async def leave(self, seconds: float) -> None:
+        """Send clients elsewhere (GOAWAY) and take no call any more; those that run may end within `seconds`."""
+        if self._server is not None:
+            await self._server.stop(seconds)
+
     async def stop(self) -> None:
         if self._server is not None:
             await self._server.stop(None)

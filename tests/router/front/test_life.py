@@ -42,7 +42,7 @@ def process(mock: MockReplica, tmp_path: Path, grpc: bool = False, **changes: An
 
 
 def write(mock: MockReplica, tmp_path: Path, port: int, rpc: int = 0, **changes: Any) -> None:
-    text = config(MODEL, [Backend("a", mock.http_port)], port, rpc, **changes)
+    text = config(MODEL, [Backend("a", mock.http_port)], port, rpc, **{"leaveSeconds": 0, **changes})
     (tmp_path / "router.yaml").write_text(text)
 
 
