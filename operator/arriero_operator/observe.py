@@ -238,15 +238,30 @@ def nodes_of(nodes: Iterable[Object], pods: Sequence[Object]) -> tuple[Node, ...
     """
     taken: dict[str, Resources] = {}
     for raw in pods:
-        spec = raw.get("spec") or {}
-        pinned = bool(spec.get("nodeSelector", {}).get(names.HOSTNAME)) if not spec.get("schedulingGates") else False
-        place = spec.get("nodeName") or (f"={spec['nodeSelector'][names.HOSTNAME]}" if pinned else "")
-        if place and (raw.get("status") or {}).get("phase") not in ("Succeeded", "Failed"):
-            add(taken.setdefault(place, {}), pod_requests(spec))
-    return tuple(_node(raw, taken) for raw in sorted(nodes, key=lambda node: str(node["metadata"]["name"])))
+        if place := place_of(raw):
+            add(taken.setdefault(place, {}), pod_requests(raw["spec"]))
+    return tuple(node_of(raw, taken) for raw in sorted(nodes, key=lambda node: str(node["metadata"]["name"])))
 
 
-def _node(raw: Object, taken: Mapping[str, Resources]) -> Node:
+def place_of(pod: Object) -> str:
+    """Where a pod takes room: a node's name, "=" and the hostname that it is pinned to, or nowhere (empty)."""
+    spec = pod.get("spec") or {}
+    if (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed"):
+        return ""
+    if place := spec.get("nodeName"):
+        return str(place)
+    pinned = (spec.get("nodeSelector") or {}).get(names.HOSTNAME)
+    return f"={pinned}" if pinned and not spec.get("schedulingGates") else ""
+
+
+def places_of(node: Object) -> tuple[str, str]:
+    """What a node is called where pods take room on it."""
+    metadata = node["metadata"]
+    return metadata["name"], f"={(metadata.get('labels') or {}).get(names.HOSTNAME, metadata['name'])}"
+
+
+def node_of(raw: Object, taken: Mapping[str, Resources]) -> Node:
+    """taken: what pods ask for, by where they take room."""
     name = raw["metadata"]["name"]
     labels = raw["metadata"].get("labels") or {}
     spec = raw.get("spec") or {}
@@ -255,7 +270,7 @@ def _node(raw: Object, taken: Mapping[str, Resources]) -> Node:
     if readiness.get("status") != "True":
         lost = seconds_of(readiness.get("lastTransitionTime")) or 0.0
     free = resources((raw.get("status") or {}).get("allocatable"))
-    for place in (name, f"={labels.get(names.HOSTNAME, name)}"):
+    for place in places_of(raw):
         for resource, amount in taken.get(place, {}).items():
             free[resource] = free.get(resource, Fraction(0)) - amount
     return Node(

@@ -14,8 +14,9 @@ from fractions import Fraction
 from arriero_operator import names
 from arriero_operator.observe import Node, Pod
 from arriero_operator.placement_words import shortage
-from arriero_operator.quantity import Resources, add, room
-from arriero_operator.scheduling import admits
+from arriero_operator.quantity import Resources
+from arriero_operator.room import Free
+from arriero_operator.scheduling import admits, demands
 from arriero_operator.verdict import Verdict, Verdicts
 
 
@@ -93,35 +94,51 @@ def place(nodes: Sequence[Node], waiting: Sequence[Gang], now: float, patience: 
     Later gangs may use what an earlier one cannot; but once that has waited for `patience` seconds, they leave it the
     domain in which it comes closest to fitting, so a large group is not starved by small ones.
     """
-    free = {node.name: dict(node.free) for node in nodes}
+    free = Free(nodes)
     kept: dict[str, str] = {}
     verdicts: dict[tuple[str, str], Verdict] = {}
+    admitted: dict[bytes, list[Node]] = {}
+    failed: dict[tuple[object, ...], tuple[Verdict, list[Node]]] = {}
     for gang in waiting:
-        usable = [node for node in nodes if node.name not in kept and admits(node, gang.gated[0])]
-        verdict, closest = _place_one(gang, usable, free, nodes, kept)
+        # Groups of one deployment, and often those of many, may go to the same nodes.
+        terms = demands(gang.gated[0])
+        if terms not in admitted:
+            admitted[terms] = [node for node in nodes if admits(node, gang.gated[0])]
+        size = free.size(gang.requests)
+        twin = (terms, size, gang.topology_key, gang.required, len(gang.gated))
+        if not gang.held and twin in failed:
+            verdict, closest = failed[twin]
+        else:
+            usable = [node for node in admitted[terms] if node.name not in kept] if kept else admitted[terms]
+            verdict, closest = _place_one(gang, size, usable, free, nodes, kept)
         verdicts[gang.key] = verdict
         for node in verdict.pins.values():
-            add(free[node.name], {resource: -amount for resource, amount in gang.requests.items()})
-        if not verdict.pins and now - gang.waiting_since >= patience:
-            kept.update(dict.fromkeys((node.name for node in closest), gang.name))
+            free.take(node, size)
+        leave = not verdict.pins and now - gang.waiting_since >= patience
+        if leave:
+            kept.update(dict.fromkeys((node.name for node in closest if node.name not in kept), gang.name))
+        if verdict.pins or (leave and closest):
+            failed.clear()
+        elif not gang.held:
+            failed[twin] = verdict, closest
     return verdicts
 
 
 def _place_one(
-    gang: Gang, usable: list[Node], free: Mapping[str, Resources], nodes: Sequence[Node], kept: Mapping[str, str]
+    gang: Gang, size: int, usable: list[Node], free: Free, nodes: Sequence[Node], kept: Mapping[str, str]
 ) -> tuple[Verdict, list[Node]]:
     """The verdict, and the nodes that come closest to holding the group where it does not fit."""
     needed = len(gang.gated)
     domains = _domains(gang, usable, nodes)
-    counted = [(sum(room(free[node.name], gang.requests) for node in domain), domain) for domain in domains]
+    counted = [(sum(free.room(node, size) for node in domain), domain) for domain in domains]
     fitting = [(count, domain) for count, domain in counted if count >= needed]
     if fitting:
         # Where a part of the group is; else the tightest domain: large ones stay for large groups. Ties go by name.
         _, domain = min(fitting, key=lambda entry: (not any(_holds(n, gang.held) for n in entry[1]), entry[0]))
-        return Verdict(_pack(gang, domain, free)), []
+        return Verdict(_pack(gang, size, domain, free)), []
     if not gang.required and sum(count for count, _ in counted) >= needed:
         widest = [domain for _, domain in sorted(counted, key=lambda entry: -entry[0])]
-        return Verdict(_pack_over(gang, widest, free)), []
+        return Verdict(_pack_over(gang, size, widest, free)), []
     best, closest = max(counted, key=lambda entry: entry[0], default=(0, []))
     if not gang.required:
         best, closest = sum(count for count, _ in counted), list(usable)
@@ -149,13 +166,13 @@ def _holds(node: Node, pods: Sequence[Pod]) -> bool:
     return any(pod.node == node.name or (not pod.node and pod.pinned == node.hostname) for pod in pods)
 
 
-def _pack(gang: Gang, domain: Sequence[Node], free: Mapping[str, Resources]) -> dict[str, Node]:
+def _pack(gang: Gang, size: int, domain: Sequence[Node], free: Free) -> dict[str, Node]:
     """Pods in order over as few nodes as can be, so that neighbouring stages share them. All fit.
 
     Widest nodes first, and for what is left at the end the tightest that holds it.
     """
     rooms = sorted(
-        ((count, node) for node in domain if (count := room(free[node.name], gang.requests))),
+        ((count, node) for node in domain if (count := free.room(node, size))),
         key=lambda entry: (-entry[0], entry[1].name),
     )
     pins: dict[str, Node] = {}
@@ -169,11 +186,11 @@ def _pack(gang: Gang, domain: Sequence[Node], free: Mapping[str, Resources]) -> 
     return pins
 
 
-def _pack_over(gang: Gang, domains: Sequence[Sequence[Node]], free: Mapping[str, Resources]) -> dict[str, Node]:
+def _pack_over(gang: Gang, size: int, domains: Sequence[Sequence[Node]], free: Free) -> dict[str, Node]:
     """Domain after domain, the one with most room first; each takes as many of the next pods as it holds."""
     pins: dict[str, Node] = {}
     for domain in domains:
-        rooms = {node.name: room(free[node.name], gang.requests) for node in domain}
+        rooms = {node.name: free.room(node, size) for node in domain}
         for node in sorted(domain, key=lambda node: (-rooms[node.name], node.name)):
             rest = [pod.name for pod in gang.gated if pod.name not in pins]
             pins.update(dict.fromkeys(rest[: rooms[node.name]], node))

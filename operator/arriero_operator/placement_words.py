@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from arriero_operator import names
 from arriero_operator.observe import Node
-from arriero_operator.quantity import GIB, Resources, room
+from arriero_operator.quantity import GIB
+from arriero_operator.room import Free
 from arriero_operator.scheduling import refusal
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def shortage(
     has: int,
     usable: Sequence[Node],
     nodes: Sequence[Node],
-    free: Mapping[str, Resources],
+    free: Free,
     kept: Mapping[str, str],
 ) -> str:
     """As "needs 2 nodes with 8 free nvidia.com/gpu in one rack, has 1; not counted: 3 tainted nvidia.com/gpu".
@@ -36,7 +37,7 @@ def shortage(
     where = _domain_words(gang) if gang.required else ""
     count = len(gang.gated)
     # Where one node may hold several of the pods, counting nodes would mislead.
-    widest = max((room(free[node.name], gang.requests) for node in usable), default=0)
+    widest = max((free.room(node, free.size(gang.requests)) for node in usable), default=0)
     apart = widest <= 1 and resource not in _COMMON and gang.requests[resource] > 1
     if count == 1 or (apart and gang.topology_key != names.HOSTNAME):
         needs = f"needs {_count(count, 'node')} with {amount}{where}, has {has}"
@@ -51,12 +52,12 @@ def shortage(
     return needs
 
 
-def _scarcest(gang: Gang, usable: Sequence[Node], free: Mapping[str, Resources]) -> str:
+def _scarcest(gang: Gang, usable: Sequence[Node], free: Free) -> str:
     """The resource that fewest pods could get if it were the only one they ask for; devices before cores and memory."""
 
     def pods(resource: str) -> int:
-        alone = {resource: gang.requests[resource]}
-        return sum(room(free[node.name], alone) for node in usable)
+        alone = free.size({resource: gang.requests[resource]})
+        return sum(free.room(node, alone) for node in usable)
 
     asked = sorted(
         (resource for resource, amount in gang.requests.items() if amount > 0),

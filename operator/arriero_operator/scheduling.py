@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from arriero_operator.observe import Node, Object, Pod
 
 
 def admits(node: Node, pod: Pod) -> bool:
     """Whether the pod may run on the node, room aside."""
     return refusal(node, pod) is None
+
+
+def demands(pod: Pod) -> bytes:
+    """All of a pod that `admits` looks at: pods with the same demands are admitted by the same nodes."""
+    spec = pod.raw.get("spec") or {}
+    affinity = (spec.get("affinity") or {}).get("nodeAffinity")
+    return msgspec.json.encode([spec.get("nodeSelector"), affinity, spec.get("tolerations")])
 
 
 def refusal(node: Node, pod: Pod) -> str | None:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from fractions import Fraction
 from typing import Any
 
 from arriero_operator import names
-from arriero_operator.observe import Node, Object, Pod, condition, nodes_of
-from arriero_operator.quantity import pod_requests
+from arriero_operator.observe import Node, Object, Pod, condition
+from arriero_operator.runtime.rooms import Rooms
 
 Key = tuple[str, str]
 """Namespace and name."""
@@ -33,7 +32,7 @@ class Store:
         self._pods: dict[Key, Pod] = {}
         self._members: dict[Key, set[tuple[str, Key]]] = {}
         self._gone: OrderedDict[tuple[str, Key], int] = OrderedDict()
-        self._nodes: tuple[Node, ...] | None = None
+        self._rooms = Rooms()
         self._gated: set[Key] = set()
         self._assumed: dict[Key, tuple[Object, Object]] = {}
 
@@ -104,10 +103,8 @@ class Store:
 
     @property
     def nodes(self) -> tuple[Node, ...]:
-        """Nodes with what is free on them; computed anew only when pods came, went or moved."""
-        if self._nodes is None:
-            self._nodes = nodes_of(self.all("Node"), list(self.all("Pod")))
-        return self._nodes
+        """Nodes with what is free on them, by name."""
+        return self._rooms.nodes
 
     def put(self, seen: Object) -> None:
         """An object as the API has just shown it."""
@@ -158,7 +155,7 @@ class Store:
 
     def _enter(self, kind: str, key: Key, old: Object | None, new: Object) -> None:
         if old is not None:
-            self._leave(kind, key, old)
+            self._unlink(kind, key, old)
         self._objects[kind][key] = new
         owner = owner_of(new)
         if owner is not None:
@@ -168,13 +165,20 @@ class Store:
                 pod = self._pods[key] = Pod.of(new)
                 if pod.gated:
                     self._gated.add(key)
-            if old is None or _takes(old) != _takes(new):
-                self._nodes = None
+            self._rooms.put_pod(key, new)
         elif kind == "Node":
-            self._nodes = None
+            self._rooms.put_node(new)
 
     def _leave(self, kind: str, key: Key, old: Object) -> None:
         del self._objects[kind][key]
+        self._unlink(kind, key, old)
+        if kind == "Pod":
+            self._rooms.remove_pod(key)
+        elif kind == "Node":
+            self._rooms.remove_node(key[1])
+
+    def _unlink(self, kind: str, key: Key, old: Object) -> None:
+        """It is about to be replaced, or is gone."""
         owner = owner_of(old)
         if owner is not None and owner in self._members:
             self._members[owner].discard((kind, key))
@@ -183,10 +187,6 @@ class Store:
         if kind == "Pod":
             self._pods.pop(key, None)
             self._gated.discard(key)
-            if _takes(old):
-                self._nodes = None
-        elif kind == "Node":
-            self._nodes = None
 
 
 def merged(seen: Any, body: Any) -> Any:
@@ -238,17 +238,6 @@ def _facts(kind: str, seen: Object) -> Any:
     if kind in ("StatefulSet", "PodDisruptionBudget", "NetworkPolicy"):
         return [*common, metadata.get("generation")]
     return {field: value for field, value in seen.items() if field != "metadata"}, common
-
-
-def _takes(pod: Object) -> tuple[str, dict[str, Fraction]] | None:
-    """Where a pod takes room, and how much; None: nowhere."""
-    spec = pod.get("spec") or {}
-    place = spec.get("nodeName") or ""
-    if not place and not spec.get("schedulingGates"):
-        place = (spec.get("nodeSelector") or {}).get(names.HOSTNAME) or ""
-    if not place or (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed"):
-        return None
-    return place, pod_requests(spec)
 
 
 def _lean(seen: Object) -> Object:
