@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from arriero_faces.http.connection import Connection
 
 JSON = "application/json"
+_SIZES = [b"%x\r\n" % size for size in range(4096)]
+"""Lines before chunks: to look one up is cheaper than to write it."""
 
 
 class Disconnected(Exception):
@@ -117,10 +119,14 @@ class Exchange:
         self._connection.send(head + self._framed(data) + end)
         self.finished = last
 
-    def write(self, data: bytes) -> None:
-        """A piece of the body; never blocks. A writer of many pieces awaits `drain` between them."""
+    def write(self, data: bytes) -> bool:
+        """A piece of the body; never blocks. Returns whether the client has enough to take for now: a writer of many
+        pieces then waits for `drain`, or for `on_writable`.
+        """
+        connection = self._connection
         if data and not self._head_only:
-            self._connection.send(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+            connection.send(_chunk(data) if self._chunked else data)
+        return connection.blocked
 
     async def drain(self) -> None:
         """Wait until the client has taken enough of what was written. Raises Disconnected."""
@@ -156,7 +162,7 @@ class Exchange:
     def _framed(self, data: bytes) -> bytes:
         if not data or self._head_only:
             return b""
-        return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
+        return _chunk(data) if self._chunked else data
 
     def _head(self, status: int, lines: bytes, end: bytes) -> bytes:
         assert not self.started, "an exchange is answered once"
@@ -170,6 +176,11 @@ class Exchange:
         elif self.version == "1.0":
             lines += b"connection: keep-alive\r\n"
         return server.first_lines(status) + lines + end
+
+
+def _chunk(data: bytes) -> bytes:
+    size = len(data)
+    return (_SIZES[size] if size < len(_SIZES) else b"%x\r\n" % size) + data + b"\r\n"
 
 
 def header_lines(content_type: str | None, headers: tuple[tuple[str, str], ...]) -> bytes:

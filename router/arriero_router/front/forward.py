@@ -154,6 +154,7 @@ class Forward:
 
     def _end(self, error: Exception | None = None) -> None:
         on_over, self._on_over = self._on_over, None
+        self._exchange.on_gone = None  # it knows this: nothing shall be left to the garbage collector
         if on_over is not None:
             on_over(self._exchange, self._record, error)
 

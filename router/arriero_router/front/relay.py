@@ -16,10 +16,12 @@ from arriero_router.front.upstream import Upstream
 
 _EVENT_STREAM = b"text/event-stream"
 _COMMENT = b": arriero "
+_COMMENT_AT = len(_COMMENT)
 _MARKER = b"\n\n" + _COMMENT
 _DONE = b"data: [DONE]\n\n"
 _DATA = b"data: "
 _NEXT = b"\n" + _DATA  # there is no line feed inside an event's JSON
+_GOES_ON = b'"finish_reason":null}]}\n\n'
 _UNFINISHED = b'"finish_reason":null'
 _OWN_FAULT = (501, 504, 505)
 """Errors of a server that lie with the request: not supported, or late by the request's own limit."""
@@ -299,10 +301,11 @@ class Relay:
     def _write(self, data: bytes) -> None:
         exchange = self._exchange
         if exchange.started:
-            exchange.write(data)
+            blocked = exchange.write(data)
         else:
             exchange.start_with(200, self._lines(), data)
-        if exchange.blocked:
+            blocked = exchange.blocked
+        if blocked:
             self._upstream.pause()
             exchange.on_writable = self._upstream.resume
 
@@ -312,35 +315,38 @@ class Relay:
 
     def _events(self, data: bytes) -> None:
         """Pass on what stands before the last comment, without the comments; keep the rest."""
-        position, progress, comments = 0, self._progress, self._passes_comments
+        position, progress = 0, self._progress
         out = b""
         sound = True
         while True:
             # The line feeds that end a comment may be the ones before the next.
             stop = data.find(_MARKER, position - 2 if position else 0) + 2
-            if position == 0 and data.startswith(_COMMENT):
+            if not position and data.startswith(_COMMENT):
                 stop = 0
             elif stop == 1:
                 break
-            end = data.find(b"\n\n", stop + len(_COMMENT))
+            end = data.find(b"\n\n", stop + _COMMENT_AT)
             if end < 0:
                 break
             try:
-                comment = _comment_of(data[stop + len(_COMMENT) : end])
+                comment = _comment_of(data[stop + _COMMENT_AT : end])
             except msgspec.DecodeError:
                 sound = False
                 break
             event = data[position:stop]
             progress.passed(comment)
-            # A piece may be several events, of which the last one finishes.
-            last = event.rfind(_NEXT) + 1
-            if event.find(_UNFINISHED, last) < 0 and event.startswith(_DATA, last):
-                progress.finished(event[last + len(_DATA) :])
-            piece = data[position : end + 2] if comments else event
+            if not event.endswith(_GOES_ON):
+                # A piece may be several events, of which the last one finishes.
+                last = event.rfind(_NEXT) + 1
+                if event.find(_UNFINISHED, last) < 0 and event.startswith(_DATA, last):
+                    progress.finished(event[last + len(_DATA) :])
+            piece = data[position : end + 2] if self._passes_comments else event
             out = out + piece if out else piece
             position = end + 2
-        self._buffer = rest = data[position:] if position else data
-        if sound and rest.endswith(_DONE):
+            if position == len(data):
+                break
+        self._buffer = rest = data[position:]
+        if rest.endswith(_DONE) and sound:
             if self._exchange.started:
                 self._exchange.finish(out + rest)
             else:
@@ -350,6 +356,8 @@ class Relay:
             return
         if out:
             self._write(out)
+        if sound and not rest:
+            return
         if not sound or len(rest) > MAX_EVENT:
             self._fail(
                 f"{MAX_EVENT} bytes came without a resume comment" if sound else "a resume comment is not readable"

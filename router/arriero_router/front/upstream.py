@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import ssl
 from collections import deque
 from typing import Any, Protocol, cast
@@ -16,8 +15,10 @@ MAX_HEAD = 65536
 """Bytes of an answer without any of its body: its head, informational answers before it, chunk headers, trailers."""
 
 
-_CHUNK = re.compile(rb"([0-9a-fA-F]{1,7})\r\n").match
-"""The line before a chunk, as all but everybody writes it."""
+_SIZES = {b"%x" % size: size for size in range(1, 4096)}
+"""Of chunks that are taken past the parser, by the line before them as all but everybody writes it."""
+_LONGEST = 5
+"""Bytes of such a line, its end included."""
 
 
 class UpstreamError(Exception):
@@ -159,13 +160,12 @@ class Upstream(asyncio.Protocol):
         self._answered = True
         if self._between_chunks:
             # Most arrivals are one whole chunk; the parser need not see those.
-            size = _CHUNK(data)
-            if size is not None:
-                start = size.end()
-                end = start + int(size[1], 16)
-                if end + 2 == len(data) and end > start and data.endswith(b"\r\n"):
+            start = data.find(b"\r\n", 0, _LONGEST)
+            size = _SIZES.get(data[:start], 0)
+            if size:
+                if start + size + 4 == len(data) and data.endswith(b"\r\n"):
                     self._bare = 0
-                    receiver.body(data[start:end])
+                    receiver.body(data[start + 2 : -2])
                     return
                 data = self._take_chunks(data)
         if data:
@@ -196,14 +196,14 @@ class Upstream(asyncio.Protocol):
     def _take_chunks(self, data: bytes) -> bytes:
         """Put by the bodies of the whole chunks that the data begins with; returns the rest."""
         position = 0
-        while (size := _CHUNK(data, position)) is not None:
-            start = size.end()
-            end = start + int(size[1], 16)
-            if end == start or data[end : end + 2] != b"\r\n":
-                break
-            self._parts.append(data[start:end])
+        while True:
+            start = data.find(b"\r\n", position, position + _LONGEST)
+            size = _SIZES.get(data[position:start], 0)
+            end = start + 2 + size
+            if not size or data[end : end + 2] != b"\r\n":
+                return data[position:]
+            self._parts.append(data[start + 2 : end])
             position = end + 2
-        return data[position:]
 
     def _end(self, receiver: Receiver) -> None:
         self._complete = self._between_chunks = False

@@ -33,10 +33,11 @@ class Client:
         self.write(data)
         self.finished = last
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> bool:
         assert self.started
         assert not self.finished
         self.got += data
+        return self.blocked
 
     def finish(self, data: bytes = b"") -> None:
         self.write(data)
