@@ -6,6 +6,7 @@ import asyncio
 import logging
 import ssl
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -17,20 +18,31 @@ log = logging.getLogger("arriero.router")
 _LOOK_SECONDS = 2.0
 
 
+class _Latest(ssl.SSLContext):
+    """Stands where a listener keeps its context; each handshake is that of `current`.
+
+    A context in use can be given another certificate, but no authority can be taken from it, and it would resume the
+    sessions of those whom it had trusted. A new one knows neither.
+    """
+
+    current: ssl.SSLContext
+
+    def wrap_bio(self, *arguments: Any, **options: Any) -> ssl.SSLObject:
+        return self.current.wrap_bio(*arguments, **options)
+
+
 class Certificates:
-    """The certificate that clients are shown. When its files change, new connections get the new one."""
+    """The certificate that clients are shown, and the authorities of theirs. When the files change, new connections go
+    by the new ones; those that stand stay.
+    """
 
     def __init__(self, tls: Tls) -> None:
         """Raises ConfigError where the files cannot be used."""
         self._tls = tls
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self.context.set_alpn_protocols(["http/1.1"])
-        if tls.client_ca_file is not None:
-            self.context.verify_mode = ssl.CERT_REQUIRED
+        self.context = _Latest(ssl.PROTOCOL_TLS_SERVER)
         self._seen = self._stamps()
         try:
-            self._load(self.context)
+            self.context.current = self._load()
         except (OSError, ssl.SSLError) as error:
             raise ConfigError("tls", [f"{tls.cert_file}, {tls.key_file}: {_why(error)}"]) from error
 
@@ -42,11 +54,9 @@ class Certificates:
             if stamps == self._seen:
                 continue
             try:
-                # A pair that does not fit (half of it is written yet) would leave the context in use without a key.
-                self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
-                self._load(self.context)
+                self.context.current = self._load()
             except (OSError, ssl.SSLError) as error:
-                log.error("the certificate stays as it was: %s: %s", self._tls.cert_file, _why(error))
+                log.error("certificates stay as they were: %s: %s", self._tls.cert_file, _why(error))
             else:
                 log.info("loaded the certificate %s again", self._tls.cert_file)
             self._seen = stamps
@@ -76,10 +86,16 @@ class Certificates:
 
         return grpc.dynamic_ssl_server_credentials(configuration(), fetch, require_client_authentication=mutual)
 
-    def _load(self, context: ssl.SSLContext) -> None:
+    def _load(self) -> ssl.SSLContext:
+        """Raises OSError, ssl.SSLError: also for a pair that does not fit, as half of it is written yet."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["http/1.1"])
         context.load_cert_chain(self._tls.cert_file, self._tls.key_file)
         if self._tls.client_ca_file is not None:
+            context.verify_mode = ssl.CERT_REQUIRED
             context.load_verify_locations(self._tls.client_ca_file)
+        return context
 
     def _stamps(self) -> tuple[object, ...]:
         stamps: list[object] = []

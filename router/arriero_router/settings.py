@@ -313,7 +313,10 @@ class Tls(Part):
 
     cert_file: FilePath = Field(description="the router's certificate chain, PEM; its content is watched")
     key_file: FilePath = Field(description="the certificate's private key, PEM")
-    client_ca_file: FilePath | None = Field(default=None, description="authorities of clients' certificates, PEM")
+    client_ca_file: FilePath | None = Field(
+        default=None,
+        description="authorities of clients' certificates, PEM; watched: new connections go by its latest content",
+    )
 
 
 class UpstreamTls(Part):

@@ -173,6 +173,64 @@ def test_a_new_certificate_is_shown_without_a_restart(
         until(lambda: shown() != second, "the third one is shown")
 
 
+def test_an_authority_taken_away_is_trusted_no_more(
+    loop: Loop, papers: Papers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a restart, by both faces, in new handshakes and by resumed sessions; what stands stays."""
+    monkeypatch.setattr("arriero_router.security._LOOK_SECONDS", 0.05)
+    files = papers.tls(mutual=True) | {"clientCaFile": papers.path("clients.pem")}
+    both = papers.ca.cert_pem.bytes() + papers.other.cert_pem.bytes()
+    Path(files["clientCaFile"]).write_bytes(both)
+    old, new = papers.client(own=True), stranger(papers)
+    tls12 = papers.client(own=True)
+    tls12.maximum_version = ssl.TLSVersion.TLSv1_2
+    other = papers.other.issue_cert("client")
+    fresh = grpc.ssl_channel_credentials(
+        papers.ca.cert_pem.bytes(), other.private_key_pem.bytes(), other.cert_chain_pems[0].bytes()
+    )
+    with fleet(loop, 1, tls=files) as f:
+        port, rpc = f.router.port, f.router.rpc
+        sessions = [session(port, context) for context in (old, tls12)]
+        assert all(resumed(port, context, one) for context, one in zip((old, tls12), sessions, strict=True))
+        standing = old.wrap_socket(socket.create_connection(("127.0.0.1", port), PATIENCE), server_hostname=HOST)
+        for credentials in (papers.credentials(own=True), fresh):
+            assert generate(rpc, credentials) == text_of(3)
+        seen = loop.call(lambda: f.router.router._certificates._seen)  # type: ignore[union-attr]
+        Path(files["clientCaFile"]).write_bytes(papers.other.cert_pem.bytes())
+        until(lambda: loop.call(lambda: f.router.router._certificates._seen) != seen, "it was looked at")  # type: ignore[union-attr]
+        for context, one in zip((old, tls12), sessions, strict=True):
+            with pytest.raises((ssl.SSLError, ConnectionError, IndexError, ValueError)):
+                secure(port, context, request("/health/live"))
+            with pytest.raises((ssl.SSLError, ConnectionError, IndexError, ValueError)):
+                resumed(port, context, one)
+        assert secure(port, new, request("/health/live"))[0].status == 200
+        with pytest.raises(grpc.RpcError) as caught:
+            generate(rpc, papers.credentials(own=True))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]
+        assert generate(rpc, fresh) == text_of(3)
+        with standing:
+            standing.sendall(request("/health/live"))
+            assert parse_response(read_all(standing)).status == 200
+
+
+def session(port: int, context: ssl.SSLContext) -> ssl.SSLSession:
+    """What a client may resume."""
+    with context.wrap_socket(socket.create_connection(("127.0.0.1", port), PATIENCE), server_hostname=HOST) as client:
+        client.sendall(request("/health/live"))
+        assert parse_response(read_all(client)).status == 200
+        assert client.session is not None
+        return client.session
+
+
+def resumed(port: int, context: ssl.SSLContext, session: ssl.SSLSession) -> bool:
+    """Whether the session was taken up; a request is answered in any case. Raises as `secure` does."""
+    plain = socket.create_connection(("127.0.0.1", port), PATIENCE)
+    with context.wrap_socket(plain, server_hostname=HOST, session=session) as client:
+        client.sendall(request("/health/live"))
+        assert parse_response(read_all(client)).status == 200
+        return bool(client.session_reused)
+
+
 class SecureFleet:
     """A router before one replica that speaks TLS, over HTTP and gRPC, and asks for a certificate."""
 
