@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+from collections.abc import Callable
 
 import uvloop
 
@@ -30,11 +31,12 @@ def run_operator(config: Config, host: str, port: int) -> int:
 class _Operator:
     """What health checks ask."""
 
-    def __init__(self, api: Api, config: Config) -> None:
+    def __init__(self, api: Api, config: Config, take_signals: Callable[[], None]) -> None:
         self.identity = os.environ.get("ARRIERO_POD_NAME") or f"{socket.gethostname()}-{os.getpid()}"
         self.election = Election(api, own_namespace(), self.identity)
         self._api = api
         self._config = config
+        self._take_signals = take_signals
         self._app: App | None = None
 
     def live(self) -> str:
@@ -44,7 +46,7 @@ class _Operator:
         return self.election.trouble or (self._app.trouble if self._app else "")
 
     async def work(self) -> None:
-        self._app = App(self._api, self._config, self.identity)
+        self._app = App(self._api, self._config, self.identity, self._take_signals)
         try:
             await self._app.run()
         finally:
@@ -55,11 +57,15 @@ class _Operator:
 async def _run(config: Config, host: str, port: int) -> int:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+
+    def take_signals() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+
+    take_signals()
     try:
         async with connected() as api:
-            operator = _Operator(api, config)
+            operator = _Operator(api, config, take_signals)
             async with serving(host, port, operator.live, operator.ready) as bound:
                 log.info("%s serves health and metrics on port %d", operator.identity, bound)
                 return await _until(stop, operator)

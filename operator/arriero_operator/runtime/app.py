@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import kopf
@@ -26,8 +27,9 @@ _PRUNE_SECONDS = 60.0
 class App:
     """One life as the leader."""
 
-    def __init__(self, api: Api, config: Config, identity: str) -> None:
+    def __init__(self, api: Api, config: Config, identity: str, take_signals: Callable[[], None]) -> None:
         self._api = api
+        self._take_signals = take_signals
         self._namespaces = config.watch_namespaces
         self._rounds = Rounds(config.settings())
         self._writer = Writer(api, self._rounds.store, identity, time.time)
@@ -97,13 +99,17 @@ class App:
         settings.watching.server_timeout = 300
         settings.networking.request_timeout = 30
         settings.execution.max_workers = 1
-        await kopf.operator(
+        others = asyncio.all_tasks()
+        tasks = await kopf.spawn_tasks(
             registry=registry,
             settings=settings,
             standalone=True,
             clusterwide=not self._namespaces,
             namespaces=self._namespaces,
         )
+        self._take_signals()  # kopf has taken them for itself, but more than kopf is to end
+        await kopf.run_tasks(tasks, ignored=others)
+        raise RuntimeError("the watch of LlamaDeployments ended")
 
     async def _event(self, event: Any, **_: Any) -> None:
         seen = dict(event["object"])
