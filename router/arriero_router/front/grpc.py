@@ -19,6 +19,7 @@ from arriero_faces.http.server import ANY
 from arriero_faces.prefix import NOTHING, grpc_marks
 from arriero_router.core.ask import FOREVER
 from arriero_router.front.grpc_forward import GrpcForward, unary_attempt
+from arriero_router.front.grpc_metadata import Pairs
 
 if TYPE_CHECKING:
     from arriero_router.router import Router
@@ -188,7 +189,7 @@ class GrpcFace:
                 seconds=_remaining(context),
             )
             try:
-                result = await unary_attempt(f"/{SERVICE}/{method}", data, metadata, record, router.hold)
+                result = await unary_attempt(f"/{SERVICE}/{method}", data, metadata, context, record, router.hold)
                 record.status = "OK"
             except HttpError as error:
                 record.status, record.error = _code(error).name, error.message
@@ -217,8 +218,8 @@ class GrpcFace:
             if error.status == 408:
                 # A status would wait behind the messages that the client does not take: the call is dropped.
                 raise asyncio.CancelledError from error
-            trailing = []
-            if error.retry_after is not None:
+            trailing: Pairs = list(getattr(error, "trailing", ()))
+            if error.retry_after is not None and not any(name == "retry-after" for name, _ in trailing):
                 trailing.append(("retry-after", str(max(1, round(error.retry_after)))))
             await context.abort(code, error.message, tuple(trailing))
         except (asyncio.CancelledError, grpc.aio.AbortError):

@@ -13,6 +13,7 @@ from arriero_faces.http.errors import HttpError
 from arriero_faces.resume import HEADER, SEED, TOKENS
 from arriero_router.core.replay import Break
 from arriero_router.front.forward import prompt_estimate
+from arriero_router.front.grpc_metadata import Pairs, to_client, to_replica
 from arriero_router.front.journey import HoldSettings, Outcome
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from arriero_router.served import Served
 
 _METHOD = "/arriero.inference.v1.Inference/Generate"
-_NOT_FORWARDED = ("authorization", "x-api-key", "user-agent", "traceparent", "x-request-id")
 _LOOK_SECONDS = 1.0
 _BREAKS = {
     grpc.StatusCode.UNAVAILABLE: Break.CUT,
@@ -45,9 +45,11 @@ _STATUSES = {
 class GrpcError(HttpError):
     """A replica's own status, passed on."""
 
-    def __init__(self, code: grpc.StatusCode, message: str, retry_after: float | None = None) -> None:
-        super().__init__(_STATUSES.get(code, 400), message, retry_after=retry_after)
+    def __init__(self, failure: grpc.aio.AioRpcError) -> None:
+        code = failure.code()
+        super().__init__(_STATUSES.get(code, 400), _words(failure), retry_after=_retry_after(failure))
         self.grpc_code = code
+        self.trailing = to_client(failure.trailing_metadata())
 
 
 class GrpcForward:
@@ -61,12 +63,8 @@ class GrpcForward:
         self._passes_ids = metadata.get(HEADER) == "1"
         self._given = {name: value for name, value in metadata.items() if name.startswith(HEADER) and name != HEADER}
         self._trace = metadata.get("traceparent", "")
-        self._metadata = [
-            (name, value)
-            for name, value in metadata.items()
-            if name not in _NOT_FORWARDED and not name.startswith((HEADER, "grpc-"))
-        ]
         record.request_id = metadata.get("x-request-id") or record.request_id
+        self._metadata: Pairs = to_replica(context.invocation_metadata() or ())
         self._metadata += [(HEADER, "1"), ("x-request-id", record.request_id)]
         self._tokens: list[list[int]] = []
         self._received = 0
@@ -98,13 +96,16 @@ class GrpcForward:
         trace = record.trace.attempt(grant.replica.name) if record.trace is not None else None
         if trace is not None or self._trace:
             metadata.append(("traceparent", trace.traceparent if trace is not None else self._trace))
-        call = record.served.channel(grant.replica).unary_stream(_METHOD)(self._data, metadata=metadata)
+        call = record.served.channel(grant.replica).unary_stream(_METHOD)(
+            self._data, metadata=metadata, timeout=self._context.time_remaining()
+        )
         record.sent()
         before = self._received
         watch = _Watch(call, grant, self._take_seconds, record.served)
         error = "cancelled"
         try:
             await self._relay(call, watch)
+            await _end(call, self._context)
             error = ""
             return Outcome(None)
         except asyncio.CancelledError:
@@ -116,10 +117,10 @@ class GrpcForward:
             error = watch.silent
             return Outcome(Break.CUT, error, gained=self._received > before)
         except grpc.aio.AioRpcError as failure:
-            error = failure.details() or failure.code().name
+            error = _words(failure)
             if self._complete:
                 return Outcome(None)  # the client has all of it
-            self._last = GrpcError(failure.code(), error, _retry_after(failure))
+            self._last = GrpcError(failure)
             return Outcome(_kind_of(failure, self.begun), error, gained=self._received > before)
         finally:
             watch.stop()
@@ -135,6 +136,8 @@ class GrpcForward:
         while (data := await read()) is not grpc.aio.EOF:
             if not watch.heard:
                 self._record.first_byte()
+                if not self.begun:
+                    await _begin(call, self._context)
             message = pb.GenerateResponse.FromString(data)
             self._note(message)
             if not self._passes_ids:
@@ -186,15 +189,13 @@ class GrpcForward:
 
 
 async def unary_attempt(
-    method: str, data: bytes, metadata: dict[str, str], record: Record, hold: HoldSettings
+    method: str, data: bytes, metadata: dict[str, str], context: Any, record: Record, hold: HoldSettings
 ) -> bytes:
     """A call with one answer. Raises HttpError."""
     result = b""
     last: GrpcError | None = None
     record.request_id = metadata.get("x-request-id") or record.request_id
-    passed = [
-        (name, value) for name, value in metadata.items() if name not in _NOT_FORWARDED and not name.startswith("grpc-")
-    ]
+    passed = to_replica(context.invocation_metadata() or ())
     passed.append(("x-request-id", record.request_id))
     given = metadata.get("traceparent", "")
 
@@ -203,17 +204,28 @@ async def unary_attempt(
         trace = record.trace.attempt(grant.replica.name) if record.trace is not None else None
         parent = trace.traceparent if trace is not None else given
         own = [("traceparent", parent)] if parent else []
-        call = record.served.channel(grant.replica).unary_unary(method)(data, metadata=[*passed, *own])
+        call = record.served.channel(grant.replica).unary_unary(method)(
+            data, metadata=[*passed, *own], timeout=context.time_remaining()
+        )
         record.sent()
+        watch = _Watch(call, grant, 0.0, record.served)
         error = "cancelled"
         try:
             result = await call
+            await _begin(call, context)
+            await _end(call, context)
             error = ""
+        except asyncio.CancelledError:
+            if not watch.silent:
+                raise
+            error = watch.silent
+            return Outcome(Break.CUT, error)
         except grpc.aio.AioRpcError as failure:
-            error = failure.details() or failure.code().name
-            last = GrpcError(failure.code(), error, _retry_after(failure))
+            error = _words(failure)
+            last = GrpcError(failure)
             return Outcome(_kind_of(failure, begun=False), error)
         finally:
+            watch.stop()
             call.cancel()
             if trace is not None:
                 trace.end(error)
@@ -221,10 +233,20 @@ async def unary_attempt(
         return Outcome(None)
 
     outcome = await record.journey.run(attempt, hold)
-    if outcome.kind is not None:
-        assert last is not None
-        raise last
-    return result
+    if outcome.kind is None:
+        return result
+    raise last or HttpError(502, f"no replica could answer; the last one: {outcome.error}")
+
+
+async def _begin(call: Any, context: Any) -> None:
+    """The client gets the initial metadata of the replica that gave it its first message."""
+    if initial := to_client(await call.initial_metadata()):
+        await context.send_initial_metadata(initial)
+
+
+async def _end(call: Any, context: Any) -> None:
+    if trailing := to_client(await call.trailing_metadata()):
+        context.set_trailing_metadata(trailing)
 
 
 class _Watch:
@@ -275,6 +297,10 @@ def _kind_of(failure: grpc.aio.AioRpcError, begun: bool) -> Break:
         if _retry_after(failure) is not None:
             return Break.REFUSED
     return _BREAKS.get(code, Break.CLIENT)
+
+
+def _words(failure: grpc.aio.AioRpcError) -> str:
+    return failure.details() or str(failure.code().name)
 
 
 def _retry_after(failure: grpc.aio.AioRpcError) -> float | None:

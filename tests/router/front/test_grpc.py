@@ -340,6 +340,96 @@ def test_metadata_is_passed_on_but_for_what_ends_here(loop: Loop) -> None:
         assert f.faces[0].metadata[0]["x-arriero-resume"] == "1"
 
 
+BINARY = bytes(range(256))
+
+
+def test_metadata_of_any_kind_goes_both_ways(loop: Loop) -> None:
+    """Binary values, several of one name, initial and trailing; what belongs to a hop or to the routers stays."""
+    given = (("x-blob-bin", BINARY), ("x-many", "1"), ("x-many", "2"), ("x-arriero-secret", "s"))
+    initial = (("x-from-bin", BINARY[::-1]), ("x-from", "a"), ("x-from", "b"), ("x-arriero-own", "s"))
+    trailing = (("x-cost-bin", BINARY), ("x-cost", "7"), ("x-arriero-own", "s"))
+    seen: list[tuple[tuple[str, Any], ...]] = []
+
+    async def speak(context: Any) -> None:
+        seen.append(tuple(context.invocation_metadata()))
+        await context.send_initial_metadata(initial)
+        context.set_trailing_metadata(trailing)
+
+    with fleet(loop, 1) as f:
+        f.faces[0].fault = speak
+        call = f.generate(3, "", *given)
+        assert len(list(call)) == 3
+        _, other = f.stub.Tokenize.with_call(pb.TokenizeRequest(), timeout=PATIENCE, metadata=given)
+        for one in (call, other):
+            assert [pair for pair in one.initial_metadata() if pair[0] != "content-type"] == list(initial[:3])
+            assert list(one.trailing_metadata()) == list(trailing[:2])
+        for pairs in seen:
+            assert [pair for pair in pairs if pair[0] in ("x-blob-bin", "x-many")] == list(given[:3])
+            assert "x-arriero-secret" not in dict(pairs)
+        f.router.idle()
+
+
+def test_a_failures_details_reach_the_client(loop: Loop) -> None:
+    details = (("grpc-status-details-bin", BINARY), ("x-why-bin", BINARY), ("retry-after", "3"))
+    with fleet(loop, 1) as f:
+        f.faces[0].fault = fails(grpc.StatusCode.FAILED_PRECONDITION, "not so", *details)
+        assert code(lambda: list(f.generate(1))) == ("FAILED_PRECONDITION", "not so", dict(details))
+        unary = lambda: f.stub.GetModel(pb.GetModelRequest(), timeout=PATIENCE)  # noqa: E731
+        assert code(unary) == ("FAILED_PRECONDITION", "not so", dict(details))
+
+
+def test_initial_metadata_is_that_of_the_replica_that_began(loop: Loop) -> None:
+    def named(name: str) -> Fault:
+        async def speak(context: Any) -> None:
+            await context.send_initial_metadata((("x-replica", name),))
+            context.set_trailing_metadata((("x-last", name),))
+
+        return speak
+
+    with fleet(loop) as f:
+        for face in f.faces:
+            face.fault = named(face.mock.name)
+        call = f.generate(6, "break=3 at=a")
+        assert "".join(piece.text for piece in call) == text_of(6)
+        while not f.stat("resumed"):  # until one began at a
+            call = f.generate(6, "break=3 at=a")
+            assert "".join(piece.text for piece in call) == text_of(6)
+        assert dict(call.initial_metadata())["x-replica"] == "a"
+        assert dict(call.trailing_metadata())["x-last"] == "b"
+
+
+def test_a_replica_knows_the_clients_deadline(loop: Loop) -> None:
+    left: list[float | None] = []
+
+    async def note(context: Any) -> None:
+        left.append(context.time_remaining())
+
+    with fleet(loop, 1) as f:
+        f.faces[0].fault = note
+        list(f.stub.Generate(ask(1), timeout=17))
+        f.stub.Tokenize(pb.TokenizeRequest(), timeout=17)
+        list(f.stub.Generate(ask(1)))
+        assert left[2] is None
+        for seconds in left[:2]:
+            assert seconds is not None
+            assert 0 < seconds < 18, "the wire rounds up"
+
+
+def test_a_unary_call_leaves_a_silent_replica(loop: Loop) -> None:
+    """A replica that takes a call and never answers it."""
+    with fleet(loop, 2, limits={"answerSeconds": 0.2}) as f:
+
+        async def sleep(context: Any) -> None:
+            await asyncio.sleep(3600)
+
+        f.faces[0].fault = sleep
+        for _ in range(4):
+            assert f.stub.Tokenize(pb.TokenizeRequest(text="x"), timeout=PATIENCE).max_context == 100
+        f.faces[1].fault = sleep
+        assert code(lambda: f.stub.Tokenize(pb.TokenizeRequest(text="x"), timeout=PATIENCE))[0] == "UNAVAILABLE"
+        f.router.idle()
+
+
 def test_health_says_not_serving_while_draining(loop: Loop) -> None:
     with fleet(loop) as f:
         health = health_pb2_grpc.HealthStub(f.channel)
