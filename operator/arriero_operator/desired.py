@@ -80,9 +80,10 @@ def desired(observed: Observed, settings: Settings) -> Desired:
         *_inspection(observed, accepted, settings),
         *(_applies(observed, wanted, children) if wanted is not None else []),
         *_fences(observed, groups),
+        *(_orphans(groups, steps, revision) if wanted is not None else []),
         *_recalls(observed, verdicts, settings),
         *_pins(observed, verdicts),
-        *(_mark_draining(group, observed.now) for group in steps.drain),
+        *(_mark_draining(group, observed.now) for group in steps.drain if not group.orphaned),
         *_removals(steps.delete),
         *(_prunes(observed, children) if wanted is not None else []),
         *events(situation, status),
@@ -200,6 +201,16 @@ def _fences(observed: Observed, groups: Sequence[Group]) -> list[Write]:
             if pod.name in group.lost:
                 found.append(delete_pod(pod, f"its node {pod.node} is lost", grace_seconds=0))
     return list(found)
+
+
+def _orphans(groups: Sequence[Group], steps: Steps, revision: str) -> list[Write]:
+    """Pods that no StatefulSet will adopt again, since their group is not to stay."""
+    return [
+        delete_pod(pod, "it belongs to nobody")
+        for group in groups
+        if group.orphaned and (group.revision != revision or group in steps.delete or group in steps.drain)
+        for pod in group.pods
+    ]
 
 
 def _recalls(observed: Observed, verdicts: Verdicts, settings: Settings) -> list[Write]:

@@ -32,6 +32,8 @@ class Group:
     """What its leader's pod says."""
     lost: frozenset[str]
     """Names of its pods on nodes that are lost."""
+    orphaned: bool = False
+    """Its StatefulSet was deleted from above its pods, which belong to nobody now: made anew, it adopts them."""
     downloads: tuple[RankReport, ...] = ()
     """What those of its pods say that are still fetching the model."""
 
@@ -114,13 +116,14 @@ def _group(observed: Observed, name: str, seen: Object | None, pods: list[Pod], 
     pods.sort(key=lambda pod: pod.index)
     leader = next((pod.name for pod in pods if pod.index == 0), "")
     draining = (metadata.get("annotations") or {}).get(names.DRAINING)
+    orphaned = seen is None and all(pod.deleting_since is None and not _controlled(pod) for pod in pods)
     return Group(
         name=name,
         replica=int(number) if number.isdecimal() else 0,
         revision=labels.get(names.REVISION) or "",
-        size=int(seen["spec"].get("replicas") or 0) if seen else 0,
+        size=_size(seen, pods) if seen or orphaned else 0,
         stateful_set=seen,
-        deleting=seen is None or bool(metadata.get("deletionTimestamp")),
+        deleting=(seen is None and not orphaned) or bool(metadata.get("deletionTimestamp")),
         draining_since=(seconds_of(draining) or 0.0) if draining else None,
         gated=any(gate.get("name") == names.GATE for gate in template.get("schedulingGates") or []),
         pods=tuple(pods),
@@ -132,7 +135,20 @@ def _group(observed: Observed, name: str, seen: Object | None, pods: list[Pod], 
             for rank in told.ranks
         ),
         lost=frozenset(pod.name for pod in pods if pod.name in lost),
+        orphaned=orphaned,
     )
+
+
+def _size(seen: Object | None, pods: list[Pod]) -> int:
+    if seen is not None:
+        return int(seen["spec"].get("replicas") or 0)
+    size = pods[0].annotations.get(names.GROUP_SIZE, "")
+    return int(size) if size.isdecimal() else 0
+
+
+def _controlled(pod: Pod) -> bool:
+    owners = (pod.raw.get("metadata") or {}).get("ownerReferences") or []
+    return any(owner.get("controller") for owner in owners)
 
 
 def lost_pods(pods: Collection[Pod], nodes: Collection[Node], now: float, lost_seconds: float) -> set[str]:

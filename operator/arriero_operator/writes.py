@@ -15,6 +15,9 @@ FIELD_MANAGER = "arriero"
 # Lists whose entries other managers and admission add to, by the field that tells entries apart.
 _KEYS = ("name", "mountPath", "containerPort", "key", "uid")
 _EMPTY: tuple[Any, ...] = ({}, [], "", 0, False, None)
+# Fields that mean something only as a whole (the API's atomic maps and lists): one entry more selects other pods, or
+# lets somebody else in.
+_WHOLE = ("selector", "podSelector", "namespaceSelector", "nodeSelector", "roleRef", "rules", "subjects", "ingress")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,10 @@ def covers(seen: Any, rendered: Any) -> bool:
     if isinstance(rendered, dict):
         if not isinstance(seen, dict):
             return seen is None and all(value in _EMPTY for value in rendered.values())
-        return all(covers(seen.get(key), value) for key, value in rendered.items())
+        return all(
+            covers(seen.get(key), value) and (key not in _WHOLE or not _adds(seen.get(key), value))
+            for key, value in rendered.items()
+        )
     if isinstance(rendered, list):
         return _covers_list(seen if isinstance(seen, list) else [], rendered)
     if seen == rendered and isinstance(seen, bool) == isinstance(rendered, bool):
@@ -116,6 +122,19 @@ def covers(seen: Any, rendered: Any) -> bool:
     if seen is None:
         return rendered in _EMPTY
     return isinstance(rendered, str) and isinstance(seen, str | int) and same_quantity(seen, rendered)
+
+
+def _adds(seen: Any, rendered: Any) -> bool:
+    """Whether `seen`, which covers `rendered`, has an entry that is not in it."""
+    if isinstance(rendered, dict) and isinstance(seen, dict):
+        return any(
+            _adds(value, rendered[key]) if key in rendered else value not in _EMPTY for key, value in seen.items()
+        )
+    if isinstance(rendered, list) and isinstance(seen, list):
+        if len(seen) != len(rendered):
+            return True
+        return any(_adds(s, r) for s, r in zip(seen, rendered, strict=True))
+    return False
 
 
 def _covers_list(seen: Sequence[Any], rendered: Sequence[Any]) -> bool:

@@ -241,6 +241,8 @@ class FakeCluster:
                 for field in ("serviceName", "podManagementPolicy", "selector"):
                     assert seen["spec"][field] == rendered["spec"][field], f"{key}: {field} cannot change"
             merged = merge_patch(_without(seen, self.applied.get(key, {}), rendered), rendered)
+            if key[0] == "Service":  # a map that is applied as a whole
+                merged["spec"]["selector"] = rendered["spec"]["selector"]
         self.applied[key] = applied
         self.objects[key] = _defaulted(merged)
 

@@ -110,7 +110,6 @@ def test_an_edited_object_is_put_right_and_foreign_additions_stay() -> None:
     made = serving()
     service = made.objects["Service", f"{NAME}-leaders"]
     service["spec"]["selector"]["app"] = "mine"
-    del service["spec"]["selector"][names.POD_INDEX]
     service["metadata"]["labels"]["team"] = "blue"
     made.objects["Deployment", f"{NAME}-router"]["spec"]["template"]["spec"]["containers"].append(
         {"name": "sidecar", "image": "s", "resources": {}}
@@ -118,7 +117,7 @@ def test_an_edited_object_is_put_right_and_foreign_additions_stay() -> None:
     found = desired(made.observe(NAME), SETTINGS)
     assert [w.object["metadata"]["name"] for w in found.writes if isinstance(w, Apply)] == [f"{NAME}-leaders"]
     made.converge(NAME)
-    assert made.objects["Service", f"{NAME}-leaders"]["spec"]["selector"][names.POD_INDEX] == "0"
+    assert "app" not in made.objects["Service", f"{NAME}-leaders"]["spec"]["selector"], "one more selects other pods"
     assert made.objects["Service", f"{NAME}-leaders"]["metadata"]["labels"]["team"] == "blue"
 
 
@@ -565,3 +564,27 @@ def test_random_faults_heal(seed: int, campaign: int) -> None:
         assert made.status(NAME)["ready"] == "2/2"
         assert len(made.groups()) == 2
         assert kinds(made)["ConfigMap"] == 3, told
+
+
+def test_a_stateful_set_deleted_from_above_its_pods_is_made_anew_and_adopts_them() -> None:
+    made = serving()
+    pods = {pod["metadata"]["name"]: pod["metadata"]["uid"] for pod in made.pods()}
+    made.objects.pop(("StatefulSet", f"{NAME}-0"))
+    for pod in made.pods():
+        del pod["metadata"]["ownerReferences"]
+    found = desired(made.observe(NAME), SETTINGS)
+    assert [w.object["kind"] for w in found.writes if isinstance(w, Apply)] == ["StatefulSet"]
+    made.converge(NAME)
+    assert {pod["metadata"]["name"]: pod["metadata"]["uid"] for pod in made.pods()} == pods
+    assert made.status(NAME)["phase"] == "Ready"
+
+
+def test_pods_of_an_old_revision_that_belong_to_nobody_do_not_keep_their_devices() -> None:
+    made = serving()
+    made.objects.pop(("StatefulSet", f"{NAME}-0"))
+    for pod in made.pods():
+        del pod["metadata"]["ownerReferences"]
+    made.edit(NAME, engine={"maxRunning": 128})
+    made.converge(NAME)
+    assert {pod["metadata"]["labels"][names.GROUP] for pod in made.pods()} == set(made.groups())
+    assert made.status(NAME)["phase"] == "Ready"

@@ -110,7 +110,10 @@ class Api:
             metrics.API_SECONDS.labels(verb).observe(time.perf_counter() - begun)
         if status >= 300:
             raise _refused(status, response.reason or "", text)
-        return json.loads(text)
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise ApiError(0, f"the API server's answer is no JSON: {words(error)}") from error
 
     async def _send(
         self,

@@ -32,11 +32,13 @@ log = logging.getLogger("arriero.operator")
 
 _GATHER_SECONDS = 0.02
 """Changes come in swarms: a StatefulSet's pods, a node's. Rounds are at least so far apart."""
+_ROUND_SECONDS = 0.1
+"""How long a round decides; then the writes, and whatever else the loop has to do, come first."""
 _RESYNC_SECONDS = 60.0
 """Each deployment is looked at so often, whatever has been heard."""
 _RETRY = (0.2, 30.0)
 _ANOTHERS_SECONDS = 15.0
-"""How long a name counts as taken by somebody else before it is tried again."""
+"""How long a name counts as taken by somebody else before that is looked at again."""
 
 
 class Rounds:
@@ -50,19 +52,21 @@ class Rounds:
         self.last_round = time.monotonic()
         self._settings = settings
         self._now = now
-        self._room = asyncio.Semaphore(writers)
+        self._writers = writers
         self._wake = asyncio.Event()
-        self._dirty: set[Key] = set()
+        self._dirty: dict[Key, None] = {}
         self._place = False
         self._busy: dict[Key, asyncio.Task[None]] = {}
         self._timers: dict[Key, asyncio.TimerHandle] = {}
         self._pauses: dict[Key, float] = {}
         self._outcomes: dict[Key, Outcome] = {}
+        self._look_at: dict[Key, float] = {}
+        """When what is in the way is looked at again, by time.monotonic()."""
         self._missing: dict[tuple[str, str], str] = {}
 
     def wake(self, key: Key) -> None:
         """A pass over this deployment is due."""
-        self._dirty.add(key)
+        self._dirty[key] = None
         self._wake.set()
 
     async def run(self, writer: Writer) -> None:
@@ -92,14 +96,27 @@ class Rounds:
         return not self._dirty and not self._busy and not self._place
 
     def _round(self, writer: Writer) -> None:
-        """One snapshot, one placement, and a pass for each deployment that is due and not being written to."""
-        verdicts = self._verdicts()
-        due = [key for key in sorted(self._dirty) if key not in self._busy]
+        """One snapshot, one placement, and a pass for each deployment that is due and not being written to.
+
+        As many are decided as can be written to: what a later one is decided from is then as fresh as can be. Those
+        that get nodes come first, then the one that has been due for longest.
+        """
+        begun = time.monotonic()
+        verdicts, placed = self._verdicts()
+        due = [key for key in {**placed, **self._dirty} if key not in self._busy]
         for key in due:
-            self._dirty.discard(key)
+            if len(self._busy) >= self._writers:
+                return  # the end of any of them wakes
+            if time.monotonic() - begun > _ROUND_SECONDS:
+                self._wake.set()
+                return
+            self._dirty.pop(key, None)
             resource = self.store.get(DEPLOYMENT.name, key)
             if resource is None:
                 self._end(key)
+                continue
+            if time.monotonic() >= self._look_at.get(key, float("inf")):
+                self._busy[key] = asyncio.create_task(self._look_again(key, resource, writer))
                 continue
             try:
                 self._decide(key, resource, verdicts, writer)
@@ -109,22 +126,27 @@ class Rounds:
                 metrics.PASSES.labels("defect").inc()
                 self._later(key, self._pause(key))
 
-    def _verdicts(self) -> Mapping[tuple[str, str], Verdict]:
-        """One placement of everything that waits. Deployments that it concerns become due."""
+    def _verdicts(self) -> tuple[Mapping[tuple[str, str], Verdict], dict[Key, None]]:
+        """One placement of everything that waits, and the deployments that get nodes by it. Those that it concerns
+        otherwise become due.
+        """
         self._place = False
         waiting = self.store.gated()
         if not waiting:
             self._missing.clear()
-            return {}
+            return {}, {}
         begun = time.perf_counter()
         verdicts = place(self.store.nodes, gangs(waiting), self._now(), self._settings.patience_seconds)
         metrics.PLACE_SECONDS.observe(time.perf_counter() - begun)
         owners = {(pod.namespace, pod.group): (pod.namespace, pod.labels[names.DEPLOYMENT]) for pod in waiting}
+        placed: dict[Key, None] = {}
         for group, verdict in verdicts.items():
+            if verdict.pins:
+                placed[owners[group]] = None
             if verdict.pins or verdict.give_back or self._missing.get(group) != verdict.missing:
-                self._dirty.add(owners[group])
+                self._dirty.setdefault(owners[group])
         self._missing = {group: verdict.missing for group, verdict in verdicts.items()}
-        return verdicts
+        return verdicts, placed
 
     def _decide(self, key: Key, resource: Object, verdicts: Mapping[tuple[str, str], Verdict], writer: Writer) -> None:
         begun = time.perf_counter()
@@ -160,8 +182,7 @@ class Rounds:
     async def _carry_out(self, key: Key, observed: Observed, decision: Desired, writer: Writer) -> None:
         begun = time.perf_counter()
         try:
-            async with self._room:
-                outcome = await writer.carry_out(observed, decision.writes)
+            outcome = await writer.carry_out(observed, decision.writes)
             for call in decision.calls:
                 pod = self.store.pod((observed.namespace, call.pod))
                 if pod is not None:
@@ -176,7 +197,10 @@ class Rounds:
             self._later(key, self._pause(key))
         else:
             self._take(key, outcome)
-            self._done(key, observed, decision)
+            if outcome.again and not outcome.gone:
+                self._later(key, self._pause(key))
+            else:
+                self._done(key, observed, decision)
         finally:
             metrics.PASS_SECONDS.observe(time.perf_counter() - begun)
             self.store.settle(key)
@@ -184,15 +208,33 @@ class Rounds:
             self._wake.set()
 
     def _take(self, key: Key, outcome: Outcome) -> None:
-        """Remember what is in the way; it is shown in the status, and tried again after a while."""
-        known = self._outcomes.pop(key, None)
+        """Remember what is in the way: it is shown in the status, and looked at again after a while."""
+        known = self._outcomes.pop(key, Outcome())
         if outcome.gone:
             self.store.remove(DEPLOYMENT.name, key)
             return
+        # Nothing was written to names that were known to be taken, so nothing was found out about them either.
+        found = {(o["kind"], key_of(o)): o for o in (*known.taken, *outcome.taken)}
+        outcome.taken = [*found.values()]
         if outcome.taken or outcome.refused:
             self._outcomes[key] = outcome
-            if known is None or _names(known) != _names(outcome):
-                self.wake(key)
+            self._look_at.setdefault(key, time.monotonic() + _ANOTHERS_SECONDS)
+        else:
+            self._look_at.pop(key, None)
+        if _names(known) != _names(outcome):
+            self.wake(key)
+
+    async def _look_again(self, key: Key, resource: Object, writer: Writer) -> None:
+        """Names that were taken may be free by now. The pass comes after."""
+        outcome = self._outcomes[key]
+        try:
+            outcome.taken = await writer.still_taken(str(resource["metadata"]["uid"]), outcome.taken)
+        except ApiError as error:
+            log.warning("%s/%s: %s", *key, error)
+        finally:
+            self._look_at[key] = time.monotonic() + _ANOTHERS_SECONDS
+            del self._busy[key]
+            self.wake(key)
 
     def _done(self, key: Key, observed: Observed, decision: Desired) -> None:
         metrics.PASSES.labels("written" if decision.writes else "unchanged").inc()
@@ -201,8 +243,8 @@ class Rounds:
         limits = [_RESYNC_SECONDS * random.uniform(0.9, 1.1)]
         if decision.again_after is not None:
             limits.append(decision.again_after + 0.05)
-        if key in self._outcomes:
-            limits.append(_ANOTHERS_SECONDS)
+        if key in self._look_at:
+            limits.append(max(0.0, self._look_at[key] - time.monotonic()))
         self._later(key, min(limits))
 
     def _later(self, key: Key, seconds: float) -> None:
@@ -211,8 +253,6 @@ class Rounds:
 
     def _due(self, key: Key) -> None:
         self._timers.pop(key, None)
-        # Names that were taken may be free by now.
-        self._outcomes.pop(key, None)
         self.wake(key)
 
     def _cancel_timer(self, key: Key) -> None:
@@ -229,6 +269,7 @@ class Rounds:
         self._cancel_timer(key)
         self._pauses.pop(key, None)
         self._outcomes.pop(key, None)
+        self._look_at.pop(key, None)
         gauges.forget(key)
 
     def _changed(self, kind: str, old: Object | None, new: Object | None) -> None:

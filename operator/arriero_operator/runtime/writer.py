@@ -1,12 +1,18 @@
-"""Carries out what a pass has decided, write by write, in order; what the API answers is seen at once."""
+"""Carries out what a pass has decided, many writes at a time; what the API answers is seen at once.
+
+Order is kept where it matters: what pods refer to is there before they are, and the status comes last.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from arriero_operator import names
 from arriero_operator.observe import Object, Observed, timestamp
 from arriero_operator.runtime import metrics
 from arriero_operator.runtime.api import Api, ApiError
@@ -15,6 +21,9 @@ from arriero_operator.runtime.store import Store
 from arriero_operator.writes import FIELD_MANAGER, Apply, Delete, Emit, Patch, SetStatus, Write
 
 log = logging.getLogger("arriero.operator")
+
+_AT_ONCE, _OF_ONE = 24, 8
+"""Writes on their way at a time: of all deployments, and of one."""
 
 
 @dataclass(slots=True)
@@ -27,6 +36,8 @@ class Outcome:
     """What the API server will not take as it is, by "Kind name", and why."""
     gone: bool = False
     """The deployment itself is not there any more."""
+    again: bool = False
+    """Something had changed just then: another pass must look at it, even if nothing more is heard."""
 
 
 class Writer:
@@ -37,20 +48,47 @@ class Writer:
         self._store = store
         self._identity = identity
         self._now = now
+        self._room = asyncio.Semaphore(_AT_ONCE)
 
     async def carry_out(self, observed: Observed, writes: tuple[Write, ...]) -> Outcome:
         """All of them. What is refused for good is noted, and the rest goes on; raises ApiError for what may pass."""
         outcome = Outcome()
-        for write in writes:
-            try:
-                await self._one(observed, write, outcome)
-            except ApiError as error:
-                if error.may_pass:
-                    raise
-                self._refused(observed, write, error, outcome)
-            if outcome.gone:
-                break
+        for lanes in stages(writes):
+            await self._side_by_side(observed, deque(lanes), outcome)
         return outcome
+
+    async def _side_by_side(self, observed: Observed, lanes: deque[Sequence[Write]], outcome: Outcome) -> None:
+        trouble: list[ApiError] = []
+
+        async def work() -> None:
+            while lanes:
+                for write in lanes.popleft():
+                    if trouble or outcome.gone:
+                        return
+                    try:
+                        async with self._room:
+                            await self._one(observed, write, outcome)
+                    except ApiError as error:
+                        if error.may_pass:
+                            trouble.append(error)
+                        else:
+                            self._refused(observed, write, error, outcome)
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(min(_OF_ONE, len(lanes))):
+                tasks.create_task(work())
+        if trouble:
+            raise trouble[0]
+
+    async def still_taken(self, uid: str, taken: list[Object]) -> list[Object]:
+        """Those of the objects in the way that still are. Raises ApiError."""
+        found = []
+        for seen in taken:
+            kind = KINDS[seen["kind"]]
+            there = await self._there(kind.path(seen["metadata"]["namespace"], seen["metadata"]["name"]))
+            if there is not None and not _owned(there, uid):
+                found.append(there)
+        return found
 
     async def _one(self, observed: Observed, write: Write, outcome: Outcome) -> None:
         space = observed.namespace
@@ -78,17 +116,15 @@ class Writer:
     async def _apply(self, space: str, uid: str, write: Apply, outcome: Outcome) -> None:
         rendered = write.object
         kind, name = KINDS[rendered["kind"]], rendered["metadata"]["name"]
-        if write.new and (there := await self._there(kind.path(space, name))) is not None:
-            owners = there["metadata"].get("ownerReferences") or []
-            if not any(owner.get("uid") == uid for owner in owners):
-                outcome.taken.append(there)
-                return
+        if write.new and (there := await self._there(kind.path(space, name))) is not None and not _owned(there, uid):
+            outcome.taken.append(there)
+            return
         metrics.WRITES.labels("apply", kind.name).inc()
         self._store.put(await self._api.apply(kind, space, name, rendered, FIELD_MANAGER))
 
     async def _there(self, path: str) -> Any:
         try:
-            return await self._api.get(path)
+            return await self._api.get(path, resourceVersion="0")  # of the API server's cache: most are not there
         except ApiError as error:
             if error.status == 404:
                 return None
@@ -114,14 +150,15 @@ class Writer:
     def _refused(self, observed: Observed, write: Write, error: ApiError, outcome: Outcome) -> None:
         space = observed.namespace
         match write:
-            case Patch() | Delete() if error.status in (404, 409):
-                # It is no longer the one that was seen; the watch will say what is there now.
-                if error.status == 404:
-                    self._store.remove(write.kind, (space, write.name), uid=write.uid)
             case Emit() if error.status == 409:
                 pass  # it was emitted before
-            case SetStatus() if error.status in (404, 409):
+            case SetStatus() if error.status == 404:
                 outcome.gone = True
+            case Patch() | Delete() if error.status == 404:
+                self._store.remove(write.kind, (space, write.name), uid=write.uid)
+            case _ if error.status == 409:
+                # It is no longer the one that was seen, or somebody wrote at the same moment.
+                outcome.again = True
             case Apply():
                 what = f"{write.object['kind']} {write.object['metadata']['name']}"
                 if error.reason != "NamespaceTerminating" and "being terminated" not in str(error):
@@ -154,3 +191,33 @@ class Writer:
             "reportingComponent": "serving.arriero.dev/operator",
             "reportingInstance": self._identity,
         }
+
+
+def _owned(there: Object, uid: str) -> bool:
+    return any(owner.get("uid") == uid for owner in there["metadata"].get("ownerReferences") or [])
+
+
+def stages(writes: Iterable[Write]) -> list[list[Sequence[Write]]]:
+    """Stages come one after the other; in a stage, lanes go side by side, each in its order. What is applied for one
+    group is a lane.
+    """
+    shared: list[Sequence[Write]] = []
+    groups: dict[str, list[Write]] = {}
+    changes: list[Sequence[Write]] = []
+    told: list[Sequence[Write]] = []
+    status: list[Sequence[Write]] = []
+    for write in writes:
+        match write:
+            case Apply():
+                group = write.object["metadata"]["labels"].get(names.GROUP)
+                if group:
+                    groups.setdefault(group, []).append(write)
+                else:
+                    shared.append([write])
+            case Emit():
+                told.append([write])
+            case SetStatus():
+                status.append([write])
+            case _:
+                changes.append([write])
+    return [shared, [*groups.values()], changes, told, status]
