@@ -16,6 +16,19 @@ from typing import Any
 MIB = 2**20
 
 
+_started: list[subprocess.Popen[str]] = []
+
+
+def end_all() -> None:
+    """Kill what a test has left running."""
+    while _started:
+        process = _started.pop()
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
 @dataclass
 class Ended:
     code: int
@@ -46,7 +59,7 @@ class Program:
 
     def start(self, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         self._log.write_text("")
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*prefix, *self._command],
             env=self._environment,
             stdin=subprocess.DEVNULL,
@@ -54,6 +67,8 @@ class Program:
             stderr=subprocess.STDOUT,
             text=True,
         )
+        _started.append(process)
+        return process
 
     def run(self, prefix: tuple[str, ...] = (), timeout: float = 60) -> Ended:
         begun = time.monotonic()

@@ -141,9 +141,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="fetch this file only (may be repeated)"
     )
-    parser.add_argument("--connections", type=int, default=8, metavar="N", help="requests at once (default: 8)")
     parser.add_argument(
-        "--patience", type=float, default=300.0, metavar="S", help="give up after so long without a byte (default: 300)"
+        "--connections",
+        type=int,
+        default=os.environ.get("ARRIERO_DOWNLOAD_CONNECTIONS", "8"),
+        metavar="N",
+        help="requests at once (default: $ARRIERO_DOWNLOAD_CONNECTIONS or 8)",
+    )
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=os.environ.get("ARRIERO_DOWNLOAD_PATIENCE", "300"),
+        metavar="S",
+        help="give up after so long without a byte (default: $ARRIERO_DOWNLOAD_PATIENCE or 300)",
     )
     parser.add_argument(
         "--interval", type=float, default=5.0, metavar="S", help="between two lines of progress (default: 5)"

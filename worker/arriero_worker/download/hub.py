@@ -24,10 +24,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 
 from arriero_worker.download.source import Address, RefusedError, RemoteFile, TransientError
+from arriero_worker.download.storage import PASSING, SILENCE, offset, skipped, storage
 
-_SILENCE = 30.0  # seconds that a server may say nothing
 _CHUNK = 2**18  # of one broken off, the connection's last bytes are lost
-_PASSING = (408, 409, 425, 429)
+_REDIRECTS = 10
 
 
 class HubSource:
@@ -45,40 +45,37 @@ class HubSource:
     def listing(self) -> list[RemoteFile]:
         try:
             info = self._api.model_info(
-                self._repo, revision=self._revision, files_metadata=True, timeout=_SILENCE, token=self._token
+                self._repo, revision=self._revision, files_metadata=True, timeout=SILENCE, token=self._token
             )
         except (HfHubHTTPError, httpx2.HTTPError, OfflineModeIsEnabled, ValueError) as error:
             raise self._said(error) from error
         self._commit = info.sha or self._revision
         return [self._file(sibling) for sibling in info.siblings or []]
 
-    def read(self, file: RemoteFile, start: int, stop: int) -> Iterator[bytes]:
+    def read(self, file: RemoteFile, start: int, stop: int) -> Iterator[bytes | memoryview]:
+        url = self._url(file.path)
         headers = {**self._headers, "range": f"bytes={start}-{stop - 1}"}
         try:
-            with get_session().stream("GET", self._url(file.path), headers=headers, timeout=_SILENCE) as response:
-                if response.is_error:
-                    response.read()
-                hf_raise_for_status(response)
-                yield from self._body(response, file, start)
+            for _ in range(_REDIRECTS):
+                with get_session().stream(
+                    "GET", url, headers=headers, timeout=SILENCE, follow_redirects=False
+                ) as response:
+                    if not response.has_redirect_location:
+                        if response.is_error:
+                            response.read()
+                        hf_raise_for_status(response)
+                        skip = offset(self.uri, file, start, response.status_code, response.headers)
+                        yield from skipped(response.iter_raw(_CHUNK), skip)
+                        return
+                    target = response.url.join(response.headers["location"])
+                if not _same_origin(target, response.url):
+                    # Storage elsewhere, opened by a signed address: the token is none of its business.
+                    yield from storage(self.uri, str(target), file, start, stop)
+                    return
+                url = str(target)
         except (HfHubHTTPError, httpx2.HTTPError, OfflineModeIsEnabled) as error:
             raise self._said(error, file.path) from error
-
-    def _body(self, response: httpx2.Response, file: RemoteFile, start: int) -> Iterator[bytes]:
-        skip = 0
-        if response.status_code == 206:
-            told = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-            if told is None or int(told[1]) != start:
-                raise TransientError("the server answered with another range than it was asked for")
-            if told[2] not in ("*", str(file.size)):
-                raise RefusedError(f"{self.uri}: {file.path} has {told[2]} bytes, its listing says {file.size}")
-        else:
-            skip = start  # a mirror without ranges begins at the beginning
-        for data in response.iter_raw(_CHUNK):
-            if skip >= len(data):
-                skip -= len(data)
-                continue
-            yield data[skip:]
-            skip = 0
+        raise RefusedError(f"{self.uri}: {file.path} is redirected without an end")
 
     def _file(self, sibling: RepoSibling) -> RemoteFile:
         """A file of the listing, or where a mirror lists bare names what a question about the file itself tells."""
@@ -91,7 +88,7 @@ class HubSource:
 
     def _asked(self, path: str) -> RemoteFile:
         try:
-            told = get_hf_file_metadata(self._url(path), token=self._token, timeout=_SILENCE)
+            told = get_hf_file_metadata(self._url(path), token=self._token, timeout=SILENCE)
         except (HfHubHTTPError, httpx2.HTTPError, FileMetadataError, OfflineModeIsEnabled) as error:
             raise self._said(error, path) from error
         if told.size is None:
@@ -107,7 +104,7 @@ class HubSource:
         """The error in our words: what passes, and what does not."""
         if isinstance(error, HfHubHTTPError):
             status = error.response.status_code
-            if status in _PASSING or status >= 500:
+            if status in PASSING or status >= 500:
                 return TransientError(f"the server answered {status}", _retry_after(error.response.headers))
             return RefusedError(self._refusal(error, status, path))
         if isinstance(error, httpx2.HTTPError) and not isinstance(error, httpx2.UnsupportedProtocol):
@@ -146,9 +143,13 @@ def _retry_after(headers: httpx2.Headers) -> float:
     return float(limit[1]) if limit else 0.0
 
 
+def _same_origin(one: httpx2.URL, other: httpx2.URL) -> bool:
+    return (one.scheme, one.host, one.port) == (other.scheme, other.host, other.port)
+
+
 def _kind(error: httpx2.HTTPError) -> str:
     if isinstance(error, httpx2.ConnectTimeout | httpx2.ConnectError):
         return "the server cannot be reached"
     if isinstance(error, httpx2.TimeoutException):
-        return f"the server said nothing for {_SILENCE:g} s"
+        return f"the server said nothing for {SILENCE:g} s"
     return "the connection broke"

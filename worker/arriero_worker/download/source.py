@@ -66,9 +66,9 @@ class Source(Protocol):
     def listing(self) -> list[RemoteFile]:
         """All files. Raises RefusedError or TransientError. What `read` gives later are the files of this listing."""
 
-    def read(self, file: RemoteFile, start: int, stop: int) -> Iterator[bytes]:
-        """Bytes [start, stop) of a listed file, in order. It may end early or raise TransientError anywhere: then what
-        came is good. Raises RefusedError where asking again is in vain.
+    def read(self, file: RemoteFile, start: int, stop: int) -> Iterator[bytes | memoryview]:
+        """Bytes [start, stop) of a listed file, in order; a chunk is good until the next is asked for. It may end early
+        or raise TransientError anywhere: then what came is good. Raises RefusedError where asking again is in vain.
         """
 
 

@@ -66,7 +66,7 @@ class Part:
             else:
                 self._begin(self._ranges)
 
-    def write(self, at: int, data: bytes) -> None:
+    def write(self, at: int, data: bytes | memoryview) -> None:
         """Raises OSError (ENOSPC)."""
         view = memoryview(data)
         while view:
