@@ -5,10 +5,12 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 DEPLOYMENT ?= examples/tiny-llama.yaml
+# Whether tests that need a Kubernetes cluster run, too; where nobody can be asked they do.
+CLUSTER ?= $(filter true,$(CI))
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup serve test cluster cluster-down lint types contracts format proto lock bench hooks clean
+.PHONY: help setup serve test cluster cluster-down lint types contracts format generated proto lock bench hooks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +50,13 @@ contracts: $(READY) ## imports point down only
 format: $(READY) ## rewrite what a formatter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+generated: $(READY) ## write whatever is generated from the schemas and the chart (needs helm: make cluster)
+	$(BIN)/python tools/crd.py
+	$(BIN)/python tools/config_docs.py
+	$(BIN)/python tools/dashboard.py
+	$(BIN)/python tools/chart_docs.py
+	$(BIN)/python -m tools.manifests
 
 proto: $(READY) ## generate the Python code of proto/
 	$(BIN)/python tools/proto.py

@@ -34,7 +34,8 @@ RUN groupadd --gid 65532 arriero \
     && useradd --uid 65532 --gid 65532 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin arriero
 COPY --from=build /opt/arriero /opt/arriero
 # The root file system is read-only where it runs: what is compiled was compiled above.
-ENV PATH=/opt/arriero/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+# Kernels for CPUs are made for the one they run on, at a pod's first start; its /tmp keeps them for the next.
+ENV PATH=/opt/arriero/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 NUMBA_CACHE_DIR=/tmp/numba
 # What NVIDIA's container runtime mounts of the driver.
 ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 65532:65532

@@ -1,4 +1,4 @@
-"""The cluster as a fixture: one for the session, a namespace per test, and the traces of a failed test kept.
+"""The cluster as a fixture: one for each module, a namespace per test, and the traces of a failed test kept.
 
 Only with --cluster: its programs must have been built (python tools/cluster/build.py), which takes minutes. With
 KUBECONFIG set, tests run on that cluster, and those that need one of our own are skipped.
@@ -41,7 +41,7 @@ def unavailable(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster | ExistingCluster]:
     """An API server: of two real nodes with eight counted GPUs each; of a control plane alone, where nobody is root or
     this is not Linux; or the one that KUBECONFIG names.
@@ -60,7 +60,7 @@ def cluster() -> Iterator[Cluster | ExistingCluster]:
     own.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def own_cluster(cluster: Cluster | ExistingCluster) -> Cluster:
     """The cluster, for tests that change what only the owner of a cluster may, or do it harm."""
     if not isinstance(cluster, Cluster):
@@ -68,7 +68,7 @@ def own_cluster(cluster: Cluster | ExistingCluster) -> Cluster:
     return cluster
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def node_cluster(own_cluster: Cluster) -> Cluster:
     """The cluster, for tests that need real nodes."""
     if not own_cluster.nodes:

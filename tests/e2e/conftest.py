@@ -19,7 +19,7 @@ from tests.cluster.conftest import (  # noqa: F401
 from tests.e2e.product import Llama, Product
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def product(node_cluster: Cluster) -> Iterator[Product]:  # noqa: F811
     """The operator, installed as docs/install.md says."""
     made = Product(node_cluster)
