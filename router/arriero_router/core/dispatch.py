@@ -123,7 +123,7 @@ class Dispatcher:
 
     def pump(self) -> None:
         """Let held requests go while there is room, and those whose time is over."""
-        if self._pumping or (self.queue.next_deadline == FOREVER and not self.queue):
+        if self._pumping or not self.queue:
             return
         self._pumping = True
         try:

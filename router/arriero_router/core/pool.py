@@ -118,8 +118,14 @@ class Pool:
             self._refresh()
         usable, shares = self._usable, self._shares
         limit = self.settings.max_in_flight
-        if not limit and not avoid:
-            return usable, shares
+        if not avoid:
+            if not limit:
+                return usable, shares
+            for replica, share in zip(usable, shares):  # noqa: B905  # they are as long, and this is asked often
+                if replica.in_flight >= limit * share:
+                    break
+            else:
+                return usable, shares
         chosen = [
             (replica, share)
             for replica, share in zip(usable, shares, strict=True)

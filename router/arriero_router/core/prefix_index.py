@@ -162,26 +162,28 @@ class PrefixIndex:
 
     def expect(self, slot: int, marks: Sequence[int], now: float) -> None:
         """A prompt with these marks was sent to the replica; `now` in seconds, never less than before."""
-        self._sweep_next()
+        if self._to_sweep:
+            self._sweep_next()
         if now - self._aged >= 1:
             self.age(now)
-        life = self._life(slot)
-        bit, expected, watched, which = life.bit, life.expected, life.watched, self._which
+        life = self._lives.get(slot) or self._life(slot)
+        bit, expected, watched, which, shards = life.bit, life.expected, life.watched, self._which, self._shards
         for mark in reversed(marks):
-            at = mark & which
-            shard = self._shards[at]
-            bits = shard.get(mark, 0)
-            if bits & bit:
-                shard.move_to_end(mark)
-                if mark in expected or not watched:
-                    expected[mark] = now
-                    expected.move_to_end(mark)
+            shard = shards[mark & which]
+            bits = shard.get(mark)
+            if bits is None:
+                shard[mark] = bit
+                expected[mark] = now
+                if len(shard) > self._shard_limit:
+                    self._evict(mark & which)
                 continue
-            shard[mark] = bits | bit
             shard.move_to_end(mark)
-            expected[mark] = now
-            if len(shard) > self._shard_limit:
-                self._evict(at)
+            if not bits & bit:
+                shard[mark] = bits | bit
+                expected[mark] = now
+            elif not watched or mark in expected:
+                expected[mark] = now
+                expected.move_to_end(mark)
         while len(expected) > self._guesses:
             self._clear(expected.popitem(last=False)[0], bit)
 

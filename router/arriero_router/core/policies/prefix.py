@@ -44,18 +44,18 @@ class Prefix:
 
     def pick(self, ask: Ask, replicas: Sequence[Replica], shares: Sequence[float], now: float) -> Pick:
         self._now = now
-        held = self._index.match(ask.marks)
-        size = ask.size
-        part = sum([replica.in_flight + replica.others for replica in replicas]) / sum(shares)
+        held = self._index.match(ask.marks) if ask.marks else {}
+        whole = MISS * ask.size
+        loads = [replica.in_flight + replica.others for replica in replicas]
+        part = sum(loads) / sum(shares)
         even = EVEN * part
-        crowd = MISS * size / ((CROWDED - EVEN) * part + SLACK)
+        crowd = whole / ((CROWDED - EVEN) * part + SLACK)
         best, best_matched = replicas[0], 0
         least = float("inf")
         ties = 1
-        for replica, share in zip(replicas, shares, strict=True):
+        for replica, share, requests in zip(replicas, shares, loads, strict=True):
             matched = held.get(replica.slot, 0) if held else 0
-            requests = replica.in_flight + replica.others
-            cost = (replica.pending + REQUEST * requests + MISS * (size - CHUNK * matched)) / share
+            cost = (replica.pending + REQUEST * requests + whole - MISS * CHUNK * matched) / share
             if requests > even * share:
                 cost += crowd * (requests / share - even)
             if cost > least:
