@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -65,7 +65,43 @@ class Server:
         await self._over.wait()
         await self.http.stop()
 
-    async def _handle(self, exchange: Exchange) -> None:
+    def _handle(self, exchange: Exchange) -> Coroutine[Any, Any, None] | None:
+        return self._at_once(exchange) if exchange.path.startswith("/callback") else self._as_coroutine(exchange)
+
+    def _at_once(self, exchange: Exchange) -> None:
+        """Answers without a coroutine: now, later, or never."""
+        self.seen.append((exchange.method, exchange.path, exchange.body))
+
+        def gone() -> None:
+            self.cancelled += 1
+
+        def later() -> None:
+            exchange.respond(200, b"later")
+            exchange.done()
+
+        exchange.on_gone = gone
+        match exchange.path.removeprefix("/callback"):
+            case "/later":
+                self.loop.call_later(0.01, later)
+            case "/never":
+                pass
+            case "/forgotten":
+                exchange.done()
+            case "/broken":
+                raise KeyError("a bug")
+            case "/broken-late":
+                exchange.start(200, "text/plain")
+                exchange.write(b"half")
+                exchange.done(KeyError("a bug"))
+            case "/teapot":
+                raise HttpError(429, "later", retry_after=1.2)
+            case "/refused":
+                exchange.done(HttpError(429, "later", retry_after=1.2))
+            case _:
+                exchange.respond(200, exchange.body or b"ok")
+                exchange.done()
+
+    async def _as_coroutine(self, exchange: Exchange) -> None:
         self.seen.append((exchange.method, exchange.path, exchange.body))
         try:
             await self._answer(exchange)
@@ -399,6 +435,32 @@ def test_cut_answers_are_seen_as_cut(server: Server, caplog: pytest.LogCaptureFi
         assert (response.status, response.json()["error"]["type"]) == (500, "server_error")
         assert "bug" not in response.body.decode(), "what went wrong inside stays inside"
     assert sum("failed on GET" in record.message for record in caplog.records) == 3
+
+
+def test_a_handler_without_a_coroutine_answers_in_order(server: Server) -> None:
+    paths = ["/callback/a", "/callback/later", "/b", "/callback/teapot", "/callback/refused", "/callback/later"]
+    requests = [head(f"POST {path} HTTP/1.1", f"Content-Length: {len(path)}") + path.encode() for path in paths * 40]
+    data = server.raw(b"".join(requests) + head("GET /callback/last HTTP/1.1", CLOSE))
+    bodies = [part.partition(b"\r\n\r\n")[2] for part in data.split(b"HTTP/1.1 ")[1:]]
+    expected = [b"/callback/a", b"later", b"/b", None, None, b"later"] * 40 + [b"ok"]
+    assert len(bodies) == len(expected)
+    assert all(want in (None, got) for got, want in zip(bodies, expected, strict=True))
+    assert data.count(b"429 Too Many Requests") == 80
+
+
+def test_a_handler_without_a_coroutine_that_fails(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    assert parse_response(server.raw(head("GET /callback/broken-late HTTP/1.1"))).body == b"half<cut>"
+    for path in ("/callback/broken", "/callback/forgotten"):
+        assert parse_response(server.raw(head(f"GET {path} HTTP/1.1", CLOSE))).status == 500
+    assert sum("failed on GET" in record.message for record in caplog.records) == 3
+
+
+def test_a_handler_without_a_coroutine_hears_that_its_client_is_gone(server: Server) -> None:
+    with server.connect() as connection:
+        connection.sendall(head("GET /callback/never HTTP/1.1") + head("GET /callback/a HTTP/1.1"))
+        server.wait_for(lambda: server.seen)
+    server.wait_for(lambda: server.cancelled == 1)
+    assert [path for _, path, _ in server.seen] == ["/callback/never"]
 
 
 def test_errors_of_the_handler_keep_the_connection(server: Server) -> None:

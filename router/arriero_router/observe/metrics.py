@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
@@ -34,19 +34,15 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._requests = Counter(
-            "arriero_router_requests", "Requests answered.", ["face", "model", "status"], registry=self.registry
-        )
-        self._requests_of: dict[tuple[str, str, int | str], Counter] = {}
+        self._requests = _Requests()
+        self.registry.register(self._requests)
         self._models = _Models()
         self.registry.register(self._models)
 
     def request(self, face: str, model: str, status: int | str) -> None:
         key = (face, model, status)
-        child = self._requests_of.get(key)
-        if child is None:
-            child = self._requests_of[key] = self._requests.labels(face, model, str(status))
-        child.inc()
+        counts = self._requests.counts
+        counts[key] = counts.get(key, 0) + 1
 
     def model(self, name: str, dispatcher: Dispatcher) -> ModelMetrics:
         """Those of one served model, in place of an earlier one of that name."""
@@ -60,6 +56,21 @@ class Metrics:
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+class _Requests(Collector):
+    """By face, model and status."""
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[str, str, int | str], int] = {}
+
+    def collect(self) -> Iterable[Metric]:
+        family = CounterMetricFamily(
+            "arriero_router_requests", "Requests answered.", labels=("face", "model", "status")
+        )
+        for (face, model, status), count in self.counts.items():
+            family.add_metric((face, model, str(status)), count)
+        yield family
 
 
 class _Models(Collector):

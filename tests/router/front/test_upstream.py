@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -239,6 +240,75 @@ async def test_trailers_are_no_headers() -> None:
         assert answer.data == b"hi"
         assert answer.headers == [(b"transfer-encoding", b"chunked")]
         assert (await ask(pool))[0].data == b"hi"
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+def in_steps(*steps: bytes) -> Talk:
+    """One answer, each step an arrival of its own."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        for step in steps:
+            writer.write(step)
+            await writer.drain()
+            await asyncio.sleep(0.01)
+        await reader.read()
+
+    return talk
+
+
+BODY = b"".join(b"%x\r\n%b\r\n" % (size, b"c" * size) for size in (1, 15, 16, 255, 256, 4095, 4096, 70_000))
+
+
+@pytest.mark.parametrize("cuts", [[], [3], [6], [7], [4, 5, 6, 30], [600], [700, 4800, 4805, 10_000]])
+async def test_chunks_are_whole_however_they_arrive(cuts: list[int]) -> None:
+    edges = [0, *cuts, len(BODY)]
+    steps = [BODY[a:b] for a, b in itertools.pairwise(edges)]
+    async with replica(in_steps(CHUNKED, *steps, b"0\r\n\r\n")) as pool:
+        answer, upstream = await ask(pool)
+        assert answer.whole.result()
+        assert answer.data == b"c" * (1 + 15 + 16 + 255 + 256 + 4095 + 4096 + 70_000)
+        assert not upstream.closed
+        assert pool.lease() is upstream
+
+
+@pytest.mark.parametrize("line", [b"0x2", b"+2", b"-2", b" 2", b"2 2", b"2_0", b"", b"g"])
+async def test_a_chunk_of_no_proper_size_breaks(line: bytes) -> None:
+    """What stands for a size in Python need not do so in HTTP."""
+    async with replica(in_steps(CHUNKED + b"1\r\na\r\n", line + b"\r\nhi\r\n", b"0\r\n\r\n")) as pool:
+        answer, upstream = await ask(pool)
+        assert not answer.whole.result()
+        assert answer.data == b"a"
+        assert upstream.closed
+
+
+@pytest.mark.parametrize("line", [b"2;x=y", b"02", b"2\t", b"00000002"])
+async def test_other_spellings_of_a_size_are_the_parsers(line: bytes) -> None:
+    async with replica(in_steps(CHUNKED + b"1\r\na\r\n", line + b"\r\nhi\r\n", b"1\r\nb\r\n0\r\n\r\n")) as pool:
+        answer, _ = await ask(pool)
+        assert answer.data in (b"ahib", b"a"), "taken for what it is, or refused"
+        assert answer.whole.result() is (answer.data == b"ahib")
+
+
+async def test_a_body_without_chunks_may_look_like_one() -> None:
+    looks = b"2\r\nhi\r\n"
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % (2 * len(looks))
+    async with replica(in_steps(head, looks, looks)) as pool:
+        answer, _ = await ask(pool)
+        assert answer.data == 2 * looks
+
+
+async def test_more_behind_chunks_taken_by_hand_ends_the_connection() -> None:
+    async with replica(
+        in_steps(CHUNKED, b"2\r\nhi\r\n0\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil")
+    ) as pool:
+        answer, upstream = await ask(pool)
+        assert answer.whole.result()
+        assert answer.data == b"hi"
+        assert upstream.closed
+        assert pool.lease() is None
 
 
 async def test_more_than_was_asked_for_ends_the_connection() -> None:
