@@ -7,7 +7,7 @@ from typing import Any
 
 from arriero_operator import names
 from arriero_operator.groups import Group
-from arriero_operator.observe import Object, Pod, RankReport, condition
+from arriero_operator.observe import Object, Pod, RankReport, condition, seconds_of
 from arriero_operator.resource_status import DownloadStatus, GroupPhase, RankStatus
 
 _STEP = 20  # parts in which the progress of loading is told: each is a write
@@ -48,6 +48,8 @@ def phase_of(group: Group, problem: str) -> GroupPhase:
     was_whole = not group.gated
     if (report is not None and report.epoch > 0) or (was_whole and (group.lost or not group.placed)):
         return "Recovering"
+    if report is None and group.leader is not None and _was_ready(group.leader):
+        return "Recovering"  # nobody hears of it any more
     if problem and not group.lost:
         return "Failed"
     if group.downloads or any(_downloads(pod) for pod in group.pods):
@@ -60,6 +62,16 @@ def phase_of(group: Group, problem: str) -> GroupPhase:
         case "Joining" | "Serving":  # of one that serves, the pods' readiness follows in a moment
             return "Joining"
     return "Starting"
+
+
+def _was_ready(pod: Pod) -> bool:
+    """Whether the pod has ceased to be ready since its containers started."""
+    running = [
+        (entry.get("state") or {}).get("running")
+        for entry in (pod.raw.get("status") or {}).get("containerStatuses") or []
+    ]
+    begun = [seconds_of(state.get("startedAt")) for state in running if state]
+    return not pod.ready and any(at is not None and pod.ready_changed > at for at in begun)
 
 
 def problem_of(group: Group) -> str:

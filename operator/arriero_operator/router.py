@@ -146,6 +146,11 @@ def _router_deployment(wanted: Wanted) -> dict[str, Any]:
             if settings.image_pull_secrets
             else {}
         ),
+        # A router keeps nothing: rather another one at once than, as by default, five minutes of none.
+        "tolerations": [
+            {"key": f"node.kubernetes.io/{state}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 5}
+            for state in ("not-ready", "unreachable")
+        ],
         "topologySpreadConstraints": [
             {
                 "maxSkew": 1,

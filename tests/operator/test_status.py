@@ -194,6 +194,18 @@ def test_progress_is_told_in_steps_and_not_byte_by_byte() -> None:
     assert desired(observed, SETTINGS).writes == ()
 
 
+def test_a_group_that_served_and_is_not_heard_any_more_recovers_and_does_not_start() -> None:
+    made = cluster()
+    made.converge(NAME)
+    began = timestamp(made.now)
+    made.now += 60
+    running = [{"name": "worker", "state": {"running": {"startedAt": began}}}]
+    for since, phase in ((timestamp(made.now), "Recovering"), (timestamp(made.now - 120), "Starting")):
+        unready = [{"type": "Ready", "status": "False", "lastTransitionTime": since}]
+        made.objects["Pod", f"{NAME}-0-0"]["status"] |= {"conditions": unready, "containerStatuses": running}
+        assert status_with(made)["groups"][0]["phase"] == phase
+
+
 def test_a_failed_rank_is_named_with_its_reason() -> None:
     made = cluster()
     made.converge(NAME)

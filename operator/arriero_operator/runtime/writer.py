@@ -197,11 +197,16 @@ def _owned(there: Object, uid: str) -> bool:
     return any(owner.get("uid") == uid for owner in there["metadata"].get("ownerReferences") or [])
 
 
+_CHAIN = ("ServiceAccount", "Role", "RoleBinding", "ConfigMap", "Deployment")
+"""Kinds of a deployment's own objects of which each may refer to those before it, and is refused or fails without."""
+
+
 def stages(writes: Iterable[Write]) -> list[list[Sequence[Write]]]:
     """Stages come one after the other; in a stage, lanes go side by side, each in its order. What is applied for one
     group is a lane.
     """
-    shared: list[Sequence[Write]] = []
+    chain: list[Write] = []
+    single: list[Sequence[Write]] = []
     groups: dict[str, list[Write]] = {}
     changes: list[Sequence[Write]] = []
     told: list[Sequence[Write]] = []
@@ -212,12 +217,14 @@ def stages(writes: Iterable[Write]) -> list[list[Sequence[Write]]]:
                 group = write.object["metadata"]["labels"].get(names.GROUP)
                 if group:
                     groups.setdefault(group, []).append(write)
+                elif write.object["kind"] in _CHAIN:
+                    chain.append(write)
                 else:
-                    shared.append([write])
+                    single.append([write])
             case Emit():
                 told.append([write])
             case SetStatus():
                 status.append([write])
             case _:
                 changes.append([write])
-    return [shared, [*groups.values()], changes, told, status]
+    return [[chain, *single], [*groups.values()], changes, told, status]
