@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -84,6 +85,11 @@ class Loopback:
         self.url = f"http://{host}:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
+
+    def encrypt(self, context: ssl.SSLContext) -> None:
+        """From the next connection on."""
+        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self.url = self.url.replace("http:", "https:")
 
     def close(self) -> None:
         self.limit = -1
@@ -232,6 +238,7 @@ class ObjectStore:
         self.page = 3
         """Keys of one page of a listing."""
         self.key = "AKIATEST"
+        """Whose signatures are accepted; empty: the bucket is public."""
         self.etag: Callable[[bytes], str] = lambda content: hashlib.md5(content).hexdigest()
         self.main = Loopback(self._answer, host)
 
@@ -243,7 +250,7 @@ class ObjectStore:
         return self.main.body_bytes
 
     def _answer(self, request: Request) -> Answer:
-        if f"Credential={self.key}/" not in request.headers.get("authorization", ""):
+        if self.key and f"Credential={self.key}/" not in request.headers.get("authorization", ""):
             return _refused(403, "InvalidAccessKeyId")
         bucket, _, key = request.path.removeprefix("/").partition("/")
         if bucket != self.bucket:

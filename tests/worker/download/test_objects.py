@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trustme
 
 from .program import MIB, UNNEEDED, Program, checkpoint, found, until
 from .servers import Fault, ObjectStore
@@ -43,6 +45,14 @@ def test_a_prefix_is_fetched_once(store: ObjectStore, tmp_path: Path) -> None:
     store.main.requests.clear()
     assert program(store, model).run().code == 0
     assert store.main.requests == []
+
+
+def test_google_cloud_storage_is_asked_in_its_own_way(store: ObjectStore, tmp_path: Path) -> None:
+    store.key = ""
+    environment = {"GOOGLE_BASE_URL": store.main.url, "GOOGLE_SKIP_SIGNATURE": "true"}
+    ended = Program("gs://models/llamas/tiny", tmp_path / "model", environment).run()
+    assert ended.code == 0
+    assert found(tmp_path / "model") == needed(store)
 
 
 def test_killed_midway_it_fetches_the_rest_only(seed: int, tmp_path: Path) -> None:
@@ -155,6 +165,34 @@ def test_what_no_retry_helps_is_refused_at_once(
     ended = program(store, tmp_path / "model", source=source, **environment).run()
     assert (ended.code, ended.words) == (3, words)
     assert len(store.main.requests) == 1
+
+
+def test_nobody_at_the_endpoint(store: ObjectStore, tmp_path: Path) -> None:
+    endpoint = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    ended = program(store, tmp_path / "model", "--patience", "0.3", **endpoint).run()
+    assert ended.code == 1
+    assert ended.words == f"{SOURCE}: the store cannot be reached (Connection refused) (for 0.3 s nothing arrived)"
+
+
+@pytest.mark.parametrize("scheme", ["hf", "s3"])
+def test_a_certificate_must_be_trusted(store: ObjectStore, tmp_path: Path, scheme: str) -> None:
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    store.main.encrypt(context)
+    url = store.main.url.replace("127.0.0.1", "localhost")
+    source, environment = SOURCE, {"AWS_ENDPOINT_URL": url}
+    if scheme == "hf":
+        source, environment = "hf://a/b@main", {"HF_ENDPOINT": url}
+    ended = program(store, tmp_path / "model", source=source, **environment).run()
+    who = "server" if scheme == "hf" else "store"
+    words = f"{source}: the {who}'s certificate is not trusted: set SSL_CERT_FILE to its issuer's"
+    assert (ended.code, ended.words) == (3, words)
+    trusting = environment | {"SSL_CERT_FILE": str(tmp_path / "ca.pem")}
+    ended = program(store, tmp_path / "model", source=source, **trusting).run()
+    assert ended.code == (3 if scheme == "hf" else 0)
+    assert "certificate" not in ended.words
 
 
 def test_a_key_that_is_not_there(store: ObjectStore, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 
 from arriero_worker.download.source import Address, RefusedError, RemoteFile, TransientError
-from arriero_worker.download.storage import PASSING, SILENCE, offset, skipped, storage
+from arriero_worker.download.storage import PASSING, SILENCE, UNTRUSTED, offset, skipped, storage
 
 _CHUNK = 2**18  # of one broken off, the connection's last bytes are lost
 _REDIRECTS = 10
@@ -107,6 +107,10 @@ class HubSource:
             if status in PASSING or status >= 500:
                 return TransientError(f"the server answered {status}", _retry_after(error.response.headers))
             return RefusedError(self._refusal(error, status, path))
+        if UNTRUSTED in str(error):
+            return RefusedError(
+                f"{self.uri}: the server's certificate is not trusted: set SSL_CERT_FILE to its issuer's"
+            )
         if isinstance(error, httpx2.HTTPError) and not isinstance(error, httpx2.UnsupportedProtocol):
             return TransientError(f"{_kind(error)} ({error})" if str(error) else _kind(error))
         return RefusedError(f"{self.uri}: {' '.join(str(error).split())}")

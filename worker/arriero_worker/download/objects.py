@@ -22,6 +22,8 @@ _SAMPLE = 2**20  # bytes of an object that is small enough to be read twice
 _OPTIONS = {"timeout": "7d", "read_timeout": "30s", "connect_timeout": "10s", "user_agent": "arriero"}
 _NO_RETRIES = {"max_retries": 0, "retry_timeout": datetime.timedelta(seconds=30)}
 _PASSING = (408, 425, 429)
+_UNTRUSTED = "InvalidCertificate("
+_NODE_SERVICE = "169.254."  # where clouds give credentials to what runs on their machines
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?')
 
 
@@ -95,7 +97,11 @@ class ObjectSource:
             return RefusedError(f"{self.uri}: the store answered {told}{f' for {path}' if path else ''}")
         if "URL scheme is not allowed" in text or isinstance(error, ValueError):
             return RefusedError(f"{self.uri}: {told}")
-        return TransientError(f"the store answered {told}" if status else told)
+        if _UNTRUSTED in text:
+            return RefusedError(
+                f"{self.uri}: the store's certificate is not trusted: set SSL_CERT_FILE to its issuer's"
+            )
+        return TransientError(f"the store answered {told}" if status else _cause(text))
 
 
 def _digest(etag: str | None) -> str:
@@ -103,6 +109,19 @@ def _digest(etag: str | None) -> str:
         return ""
     found = _MD5.fullmatch(etag)
     return f"md5:{found[1]}" if found else f"etag:{etag}"
+
+
+def _cause(text: str) -> str:
+    """Why no answer came, from the library's account of it."""
+    found = re.findall(r'(?:message|error): "([^"]+)"', text)
+    why = f" ({found[-1]})" if found else ""
+    if _NODE_SERVICE in text:
+        return f"no credentials are given, and the node's own service gives none{why}"
+    if "kind: Connect" in text:
+        return f"the store cannot be reached{why}"
+    if "TimedOut" in text:
+        return "the store said nothing for 30 s"
+    return f"the connection to the store broke{why}"
 
 
 def _first_line(error: Exception) -> str:

@@ -21,6 +21,8 @@ SILENCE = 30.0
 """Seconds that a server may say nothing."""
 PASSING = (408, 409, 425, 429)
 """Status codes, besides those from 500 on, that are worth another attempt."""
+UNTRUSTED = "CERTIFICATE_VERIFY_FAILED"
+"""In what OpenSSL says of a certificate that nobody known has signed."""
 _CHUNK = 2**18
 
 Chunk = TypeVar("Chunk", bytes, memoryview)
@@ -42,6 +44,9 @@ def storage(uri: str, url: str, file: RemoteFile, start: int, stop: int) -> Iter
                 raise TransientError(f"{host} answered {error.code}") from error
             raise RefusedError(f"{uri}: {host} answered {error.code} for {file.path}") from error
     except urllib.error.URLError as error:
+        if UNTRUSTED in str(error.reason):
+            words = f"the certificate of {host} is not trusted: set SSL_CERT_FILE to its issuer's"
+            raise RefusedError(f"{uri}: {words}") from error
         raise TransientError(f"{host} cannot be reached ({error.reason})") from error
     except TimeoutError as error:
         raise TransientError(f"{host} said nothing for {SILENCE:g} s") from error
