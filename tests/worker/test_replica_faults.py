@@ -201,7 +201,7 @@ def test_a_pod_that_is_asked_to_stop_waits_for_what_runs(replica: Replica) -> No
 
 
 def test_sigterm_drains_the_leaders_pod() -> None:
-    with Replica(MODEL, layers=LAYERS, max_context=512, kv_blocks=2048) as replica:
+    with Replica(MODEL, layers=LAYERS, max_context=512, kv_blocks=2048, drain_seconds=300) as replica:
 
         async def load() -> None:
             # Seconds of work, so that the drain is under way for as long as the questions below take.
@@ -218,7 +218,7 @@ def test_sigterm_drains_the_leaders_pod() -> None:
                 assert refused.status_code == 503
             await running
             assert all(stream.finish == "length" for stream in streams)
-            assert await asyncio.to_thread(pod.wait, 30) == 0
+            assert await asyncio.to_thread(pod.wait, 60) == 0
 
         asyncio.run(load())
 

@@ -1,5 +1,5 @@
-"""Imported once by the server process that ranks are forked from: it has their code compiled, and ends with the
-supervisor.
+"""Imported once by the server process that ranks are forked from: it has their code compiled. It ends with
+the supervisor (`tied`).
 
 Every rank inherits the kernels, so none compiles them, at the first start or after a loss. Of several pods on one
 machine with a cold cache one compiles, under a lock, and the others load what it wrote.
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import arriero_worker.rank  # noqa: F401
-from arriero_faces.process import die_with_parent, set_process_name
+from arriero_faces.process import set_process_name
 from arriero_worker.group import reduce
 from arriero_worker.model.cpu.backend import CpuBackend
 from arriero_worker.runner.batch import BatchState
@@ -36,5 +36,4 @@ def compile_all() -> None:
 
 
 set_process_name("arriero-fork")
-die_with_parent()
 compile_all()

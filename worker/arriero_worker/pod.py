@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from types import FrameType
@@ -30,6 +31,10 @@ _SILENT = 5.0  # seconds without a heartbeat before a rank's process is killed
 _STEADY = 30.0  # a process that lived so long, or served, starts again at once, others with back-off
 _LONGEST_BACKOFF = 30.0
 _GLANCE = 0.5  # seconds between looks at heartbeats
+
+
+class _Asked(Exception):
+    """To leave, while a process is being started."""
 
 
 class _Child:
@@ -109,8 +114,10 @@ class _Front(_Child):
         self._pidfd = -1
 
     def start(self) -> int:
-        # A session of its own: a terminal's Ctrl-C is for the supervisor, which drains.
-        self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, start_new_session=True)
+        # A session of its own: a terminal's Ctrl-C is for the supervisor, which drains. The front ties itself to its
+        # parent's life: nothing may run between fork and exec of a process with gRPC's threads.
+        command = [*self._command, "--parent", str(os.getpid())]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         self._pidfd = os.pidfd_open(self._process.pid)
         return self._process.pid
 
@@ -168,6 +175,10 @@ class Pod:
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
         self._signals = 0
+        self._cold = False
+        """The first rank is being started, which waits for the fork server to be ready: half a minute, it may be."""
+        self._forks = False
+        """The fork server has started a rank."""
         self._gone: set[str] = set()
 
     def run(self) -> int:
@@ -176,7 +187,10 @@ class Pod:
         Returns the exit code: 0 after a drain, EXIT_UNUSABLE when a rank says that it can never run, 1 after a
         second signal. Raises OSError when the control port is taken.
         """
-        multiprocessing.get_context("forkserver").set_forkserver_preload(["arriero_worker.fork_server"])
+        os.environ["ARRIERO_SUPERVISOR"] = str(os.getpid())
+        multiprocessing.get_context("forkserver").set_forkserver_preload(
+            ["arriero_worker.tied", "arriero_worker.fork_server"]
+        )
         self._control.start()
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._on_signal)
@@ -192,9 +206,16 @@ class Pod:
     def _children(self) -> list[_Child]:
         return [*self._ranks, *([self._front] if self._front else [])]
 
+    @property
+    def _leaving(self) -> Sequence[_Child]:
+        """Who is asked to leave, and waited for."""
+        return [self._front] if self._front else self._ranks
+
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self._signals += 1
         os.write(self._wake_write, b"s")
+        if self._cold and self._signals == 1:
+            raise _Asked
 
     def _watch(self) -> int:
         draining_since: float | None = None
@@ -212,10 +233,12 @@ class Pod:
                     return EXIT_UNUSABLE
                 if code is not None:
                     self._ended(child, code)
-                if child.due(now) and child.name not in self._gone:
-                    child.begin()
             if draining_since is not None and self._drained(now - draining_since):
                 return 0
+            for child in self._children:
+                # Once it is to leave, only a rank is started that is lost under requests which are to be finished.
+                if child.due(now) and (not self._signals or (self._forks and child not in self._leaving)):
+                    self._begin(child)
             self._look_at_ranks()
             sentinels = [child.sentinel() for child in self._children if child.pid]
             wait([*sentinels, self._wake_read], timeout=_GLANCE)
@@ -224,10 +247,21 @@ class Pod:
             except BlockingIOError:
                 pass
 
+    def _begin(self, child: _Child) -> None:
+        try:
+            self._cold = isinstance(child, _Rank) and not self._forks
+            child.begin()
+            self._cold = False
+        except _Asked:  # there is nothing yet to drain, and what was begun ends with this process
+            self._cold = False
+        self._forks = self._forks or (isinstance(child, _Rank) and bool(child.pid))
+
     def _ended(self, child: _Child, code: int) -> None:
-        if self._signals and code == 0:
+        if self._signals and child in self._leaving:
+            # Whatever it ended by: one that was only just starting did not know yet how to drain.
             self._gone.add(child.name)
-            return
+            if code in (0, -signal.SIGTERM):
+                return
         log.warning("%s ended by %s", child.name, signal.Signals(-code).name if code < 0 else f"exit code {code}")
         if isinstance(child, _Rank):
             self._memory.clear_rank(self._local.index(child.rank))
@@ -236,14 +270,13 @@ class Pod:
     def _drain(self) -> None:
         """On the leader's pod the faces finish what runs; elsewhere the ranks ask the leader for leave."""
         log.info("draining, for at most %g s", self._launch.drain_seconds)
-        for child in [self._front] if self._front else self._ranks:
+        for child in self._leaving:
             child.signal(signal.SIGTERM)
             if not child.pid:
                 self._gone.add(child.name)
 
     def _drained(self, seconds: float) -> bool:
-        waited_for = [self._front] if self._front else self._ranks
-        if all(child.name in self._gone for child in waited_for):
+        if all(child.name in self._gone for child in self._leaving):
             log.info("drained in %.1f s", seconds)
             return True
         if seconds > self._launch.drain_seconds + 5:

@@ -48,9 +48,12 @@ _LINGER = 2.0  # seconds an ended epoch's thread has to come back
 _STORE_LIMIT = timedelta(seconds=60)
 
 
-def main(launch_path: str, rank: int, memory_path: str) -> int:
-    """Run until released or told to stop. Returns EXIT_UNUSABLE where the checkpoint cannot be run."""
-    die_with_parent()
+def main(launch_path: str, rank: int, memory_path: str, parent: int | None = None) -> int:
+    """Run until released or told to stop. `parent`: the process id of who forked this one.
+
+    Returns EXIT_UNUSABLE where the checkpoint cannot be run.
+    """
+    die_with_parent(parent)
     set_process_name(f"arriero-rank{rank}")
     set_up_logging(os.environ.get("ARRIERO_LOG_LEVEL", "info"))
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -56,8 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--launch", required=True, type=Path, help="the launch file")
     parser.add_argument("--engine", required=True, help="the engine's Unix socket")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # process id of who started this
     options = parser.parse_args(arguments)
-    die_with_parent()
+    die_with_parent(options.parent)
     set_process_name("arriero-front")
     set_up_logging(options.log_level)
     try:
