@@ -101,12 +101,14 @@ class Rounds:
         As many are decided as can be written to: what a later one is decided from is then as fresh as can be. Those
         that get nodes come first, then the one that has been due for longest.
         """
+        if len(self._busy) >= self._writers:
+            return  # the end of any of them wakes
         begun = time.monotonic()
         verdicts, placed = self._verdicts()
         due = [key for key in {**placed, **self._dirty} if key not in self._busy]
         for key in due:
             if len(self._busy) >= self._writers:
-                return  # the end of any of them wakes
+                return
             if time.monotonic() - begun > _ROUND_SECONDS:
                 self._wake.set()
                 return
