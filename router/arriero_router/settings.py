@@ -380,7 +380,9 @@ class Limits(Part):
     take_seconds: SomeSeconds = Field(default=30, description="time that a client may take nothing of its answer")
     connect_seconds: SomeSeconds = Field(default=2, description="time that a replica has to accept a connection")
     answer_seconds: Seconds = Field(
-        default=0, description="time that a replica has for the head of its answer; 0: no limit"
+        default=1800,
+        description="time that a replica has for the head of its answer (of one that is not streamed: for all of it), "
+        "after which the request goes to another; 0: no limit",
     )
     upstream_idle_seconds: SomeSeconds = Field(
         default=60, description="time that an unused connection to a replica is kept"

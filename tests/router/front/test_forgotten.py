@@ -10,6 +10,7 @@ import json
 import random
 import time
 
+import pytest
 from tests.router import mocks
 from tests.router.load import ask, post, read
 from tests.router.router_process import Backend, config
@@ -18,6 +19,9 @@ from tests.worker.replica import free_ports
 
 from arriero_router.config import parse_config
 from arriero_router.router import Router
+
+from .running import TEXT, Loop, Replica, Request, prompt, running
+from .running import ask as request_to
 
 SECONDS = 5.0
 CLIENTS = 24
@@ -96,6 +100,21 @@ async def _run(loop: Weather, seconds: float) -> Crowd:
     finally:
         await router.stop()
     return crowd
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_replica_that_takes_a_request_and_never_answers_is_left(loop: Loop, stream: bool) -> None:
+    async def answer(replica: Replica, request: Request, writer: asyncio.StreamWriter) -> None:
+        asked.append(replica.name)
+        if len(asked) == 1:
+            await request.gone()
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+
+    asked: list[str] = []
+    with running(loop, answer, answer, limits={"answerSeconds": 0.2}) as (router, _):
+        assert request_to(router.port, TEXT, prompt(2, stream=stream)).status == 200
+        assert len(set(asked)) == len(asked) == 2
+        router.idle()
 
 
 def test_no_request_is_forgotten(seed: int, campaign: int) -> None:
