@@ -13,7 +13,7 @@ from arriero_operator.runtime.config import ConfigError, load_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 stopped, 1 failed or no longer the leader, 2 wrong usage, an invalid file or no cluster."""
+    """Exit status: 0 stopped, 1 failed, 2 wrong usage, an invalid file or no cluster."""
     parser = argparse.ArgumentParser(
         prog="arriero-operator",
         description="Serve LlamaDeployments: in a cluster as its pod's service account, outside as KUBECONFIG says. "

@@ -23,7 +23,7 @@ EXIT_FAILED, EXIT_USAGE = 1, 2
 
 
 def run_operator(config: Config, host: str, port: int) -> int:
-    """Run until told to stop (0) or until leadership is lost (1: to be started again). 2: no cluster, or no port."""
+    """Run until told to stop (0), or until it fails (1). 2: no cluster, or no port."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_run(config, host, port))
 
@@ -44,6 +44,15 @@ class _Operator:
 
     def ready(self) -> str:
         return self.election.trouble or (self._app.trouble if self._app else "")
+
+    async def lead(self) -> None:
+        """Lead whenever it is this operator's turn; what it knew is forgotten with each lease that it loses."""
+        while True:
+            try:
+                await self.election.lead(self.work)
+                return
+            except LeadershipLost as error:
+                log.error("%s", error)
 
     async def work(self) -> None:
         self._app = App(self._api, self._config, self.identity, self._take_signals)
@@ -77,16 +86,14 @@ async def _run(config: Config, host: str, port: int) -> int:
 
 
 async def _until(stop: asyncio.Event, operator: _Operator) -> int:
-    leading = asyncio.create_task(operator.election.lead(operator.work))
+    leading = asyncio.create_task(operator.lead())
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait((leading, stopped), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
     ended = leading.done()
     leading.cancel()
     (result,) = await asyncio.gather(leading, return_exceptions=True)
-    if isinstance(result, LeadershipLost):
-        log.error("%s", result)
-    elif ended or (isinstance(result, Exception) and not isinstance(result, asyncio.CancelledError)):
+    if ended or (isinstance(result, Exception) and not isinstance(result, asyncio.CancelledError)):
         log.error("the operator ended by itself", exc_info=result if isinstance(result, BaseException) else None)
     else:
         log.info("stopped")

@@ -10,6 +10,7 @@ from typing import Any
 
 import kopf
 
+from arriero_operator.runtime import gauges
 from arriero_operator.runtime.api import Api, ApiError
 from arriero_operator.runtime.config import Config
 from arriero_operator.runtime.informer import Informer
@@ -72,6 +73,7 @@ class App:
 
     async def close(self) -> None:
         await self._rounds.statuses.close()
+        gauges.clear()
 
     async def _served(self) -> None:
         """Wait until the API server knows the resource at all: its definition may come after us."""

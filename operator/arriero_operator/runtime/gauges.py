@@ -35,6 +35,12 @@ def forget(key: Key) -> None:
         _remove(metrics.PHASE, *key, phase)
 
 
+def clear() -> None:
+    """Who does not lead knows nothing of any deployment."""
+    for gauge in (metrics.REPLICAS, metrics.READY, metrics.TOKENS, metrics.EPOCH, metrics.PHASE):
+        gauge.clear()
+
+
 def _remove(gauge: Gauge, *labels: str) -> None:
     try:
         gauge.remove(*labels)
