@@ -7,10 +7,13 @@ objects for ever whose deletion fell into the gap.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import random
+from collections.abc import AsyncIterator
 from typing import Any
+
+import aiohttp
+import msgspec
 
 from arriero_operator.runtime import metrics
 from arriero_operator.runtime.api import Api, ApiError
@@ -92,20 +95,16 @@ class Informer:
             "timeoutSeconds": str(_WATCH_SECONDS),
             **self._selected(),
         }
-        async with self._api.stream(self._path, _WATCH_SECONDS + _SILENCE_SECONDS, **query) as lines:
+        async with self._api.stream(self._path, _WATCH_SECONDS + _SILENCE_SECONDS, **query) as stream:
             self._seen()
-            while True:
-                async with asyncio.timeout(_SILENCE_SECONDS):
-                    line = await lines.readline()
-                if not line:
-                    return
+            async for line in _lines(stream):
                 self._take(line)
 
     def _take(self, line: bytes) -> None:
         try:
-            event = json.loads(line)
+            event = msgspec.json.decode(line)
             kind, seen = event["type"], event["object"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (msgspec.DecodeError, KeyError, TypeError) as error:
             raise ApiError(0, f"a line of the watch is no event ({error!r})") from error
         if kind == "ERROR":
             if seen.get("code") in (410, 504):
@@ -127,3 +126,16 @@ class Informer:
         self.trouble = ""
         self.synced.set()
         metrics.WATCHED.labels(self._kind.name).set(self._store.count(self._kind.name))
+
+
+async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """Lines of any length: an object may have more than a megabyte, and a reader's own limit is far below that."""
+    rest = b""
+    while True:
+        async with asyncio.timeout(_SILENCE_SECONDS):
+            data = await stream.readany()
+        if not data:
+            return
+        *whole, rest = (rest + data).split(b"\n")
+        for line in whole:
+            yield line
