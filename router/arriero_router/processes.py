@@ -9,15 +9,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 from arriero_faces.process import die_with_parent
+from arriero_router.observe.siblings import socket_of
 
 log = logging.getLogger("arriero.router")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
-_QUICK = 5.0
-"""Seconds: a process that ends sooner than this after its start is started again after a pause."""
 _PAUSE = 1.0
+"""Seconds before a process is started again that ended before it served."""
 _USELESS = 2
 """Exit status of a process that starting again would not help."""
 
@@ -28,16 +29,15 @@ def run_processes(config: str, count: int, log_level: str) -> int:
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     with tempfile.TemporaryDirectory(prefix="arriero-router-") as folder:
-        return _Processes(config, count, log_level, folder).run()
+        return _Processes(config, count, log_level, Path(folder)).run()
 
 
 class _Processes:
-    def __init__(self, config: str, count: int, log_level: str, folder: str) -> None:
+    def __init__(self, config: str, count: int, log_level: str, folder: Path) -> None:
         self._config, self._count, self._log_level, self._folder = config, count, log_level, folder
         self._running: dict[int, subprocess.Popen[bytes]] = {}
-        self._began: dict[int, float] = {}
         self._proven: set[int] = set()
-        """Those that have lived long enough to show that starting them again makes sense."""
+        """Those that have served once, which shows that starting them again makes sense."""
         self._due: dict[int, float] = dict.fromkeys(range(count), 0.0)
         """When those that are not running are to be started."""
 
@@ -64,8 +64,8 @@ class _Processes:
                 if code is None:
                     continue
                 del self._running[index]
-                quick = time.monotonic() - self._began[index] < _QUICK
-                if not quick:
+                served = socket_of(self._folder, index).exists()
+                if served:
                     self._proven.add(index)
                 if leaving:
                     # One that was only just being started did not know yet how to drain.
@@ -77,13 +77,13 @@ class _Processes:
                         other.terminate()
                 else:
                     log.error("process %d ended with status %d and is started again", index, code)
-                    self._due[index] = time.monotonic() + (_PAUSE if quick else 0.0)
+                    self._due[index] = time.monotonic() + (0.0 if served else _PAUSE)
 
     def _start(self, index: int) -> None:
         del self._due[index]
-        self._began[index] = time.monotonic()
+        socket_of(self._folder, index).unlink(missing_ok=True)  # it makes one once all its ports are open
         command = [sys.executable, "-m", "arriero_router", "--config", self._config, "--log-level", self._log_level]
-        command += ["--process", f"{index}/{self._count}", "--siblings", self._folder]
+        command += ["--process", f"{index}/{self._count}", "--siblings", str(self._folder)]
         parent = os.getpid()
 
         def prepare() -> None:

@@ -57,4 +57,9 @@ class Siblings:
             return ""
 
     def _path(self, index: int) -> Path:
-        return self._folder / f"{index}.sock"
+        return socket_of(self._folder, index)
+
+
+def socket_of(folder: Path, index: int) -> Path:
+    """The socket of one process; it is there once that process serves."""
+    return folder / f"{index}.sock"
