@@ -54,7 +54,8 @@ def thin_entries() -> dict[str, Entry]:
 
 
 def system_folders() -> list[Path]:
-    return [path for path in map(Path, ("/usr", "/bin", "/sbin", "/lib", "/lib64")) if path.exists()]
+    # /etc/ssl: whom TLS trusts; without it some clients cannot even be made.
+    return [path for path in map(Path, ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/ssl")) if path.exists()]
 
 
 def machine_folders() -> list[Path]:

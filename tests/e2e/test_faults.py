@@ -87,16 +87,18 @@ def test_a_pod_kill_costs_a_fraction_of_making_the_group_anew(llama: Llama) -> N
     llama.apply(pipeline=4, podTemplate=TWO_PER_NODE)
     llama.wait_for("Ready")
     one, whole = [], []
-    delete = ("delete", "pod", "--force", "--grace-period=0")
     for _ in range(2):
-        one.append(harm(llama, "one pod of four", lambda: llama.kubectl(*delete, "tiny-llama-0-3"), streams=1))
-        made = llama.kubectl.get("statefulset", "tiny-llama-0")["metadata"]["uid"]
+        last = llama.pods()[-1]["metadata"]["name"]
+        delete = ("delete", "pod", last, "--force", "--grace-period=0")
+        one.append(harm(llama, "one pod of four", lambda words=delete: llama.kubectl(*words), streams=1))  # type: ignore[misc]
+        (made,) = llama.kubectl.get("statefulsets")["items"]
         began = time.monotonic()
-        llama.kubectl("delete", "statefulset", "tiny-llama-0", "--cascade=foreground", "--timeout=100s", timeout=120.0)
+        name = made["metadata"]["name"]
+        llama.kubectl("delete", "statefulset", name, "--cascade=foreground", "--timeout=100s", timeout=120.0)
 
-        def anew(made: str = made) -> bool:
+        def anew(uid: str = made["metadata"]["uid"]) -> bool:
             sets = llama.kubectl.get("statefulsets")["items"]
-            return any(entry["metadata"]["uid"] != made for entry in sets) and llama.is_("Ready")
+            return [entry["metadata"]["uid"] != uid for entry in sets] == [True] and llama.is_("Ready")
 
         llama.wait(anew, "a new group that serves")
         whole.append(time.monotonic() - began)
@@ -195,7 +197,8 @@ def test_serving_goes_on_without_the_control_plane(serving: Llama, victim: str, 
 
 
 def test_an_image_that_cannot_be_pulled_is_told_and_healed(llama: Llama) -> None:
-    llama.apply(podTemplate=worker(image="arriero-worker:none"))
+    nobody = f"{llama.cluster.layout.address}:1"  # where no registry listens
+    llama.apply(podTemplate=worker(image=f"{nobody}/arriero-worker:none"))
     llama.wait(lambda: "ErrImagePull" in message(llama) or "ImagePullBackOff" in message(llama), "word of the image")
     print(message(llama))
     began = llama.apply(rollout={"maxSurge": 0, "maxUnavailable": 1, "drainSeconds": 10})
