@@ -160,6 +160,7 @@ class Served:
 
     async def close(self) -> None:
         """Let go of replicas; requests under way are cut off."""
+        self.dispatcher.close("the model is not served any more")
         self._ticker.cancel()
         self._source_task.cancel()
         await asyncio.gather(self._source_task, return_exceptions=True)

@@ -70,6 +70,7 @@ class Dispatcher:
         self._clock = clock
         self._on_pick = on_pick
         self._pumping = False
+        self._closed = ""
 
     @property
     def held(self) -> int:
@@ -80,6 +81,8 @@ class Dispatcher:
 
         Nobody overtakes: while others of the same or a better priority are held, the newcomer is held behind them.
         """
+        if self._closed:
+            return Refusal(False, self._closed, 1.0)
         now = self._clock()
         if not self.queue:
             replicas, shares = self.pool.candidates(ask.avoid)
@@ -103,6 +106,11 @@ class Dispatcher:
         """Nobody is held any longer."""
         for held in self.queue.expire(FOREVER):
             held.item.refused(Refusal(False, why, 1.0))
+
+    def close(self, why: str) -> None:
+        """Nobody is held any longer, nor will be: who would be has nobody left to wake it."""
+        self._closed = why
+        self.turn_away(why)
 
     def first_token(self, grant: Grant) -> None:
         """The answer has begun."""
