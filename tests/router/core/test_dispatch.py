@@ -150,14 +150,14 @@ def test_one_whose_deadline_is_over_is_refused_at_once_but_may_go_at_once() -> N
 def test_once_closed_nobody_waits_for_a_wake_up_that_never_comes() -> None:
     world = World()
     world.replicas("a")
-    held = world.ask()
+    held = world.ask(deadline=60.0)
     assert held.heard == []
     world.dispatcher.close("the model is not served any more")
-    after = world.ask()
+    after = world.ask(deadline=60.0)
     for client in (held, after):
         (refusal,) = client.heard
         assert isinstance(refusal, Refusal)
-        assert refusal.why == "the model is not served any more"
+        assert refusal.message == "the model is not served any more"
 
 
 def test_who_withdrew_hears_nothing() -> None:
