@@ -10,8 +10,10 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlencode
+from urllib.request import getproxies
 
 import aiohttp
+import msgspec
 from kubernetes.aio import client
 from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
 
@@ -111,8 +113,8 @@ class Api:
         if status >= 300:
             raise _refused(status, response.reason or "", text)
         try:
-            return json.loads(text)
-        except ValueError as error:
+            return msgspec.json.decode(text)
+        except msgspec.DecodeError as error:
             raise ApiError(0, f"the API server's answer is no JSON: {words(error)}") from error
 
     async def _send(
@@ -155,6 +157,8 @@ async def connected(kubeconfig: str = "", context: str = "") -> AsyncIterator[Ap
             )
     except (ConfigException, OSError, ValueError, KeyError, TypeError) as error:
         raise NoCluster(f"no usable credentials for a cluster: {words(error)}") from error
+    # For proxies alone: trusting the environment also means to read ~/.netrc before each request, in a thread.
+    configuration.client_session_kwargs = {"trust_env": bool(getproxies())}
     async with client.ApiClient(configuration) as api_client:
         yield Api(api_client)
 
