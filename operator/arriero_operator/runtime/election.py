@@ -41,11 +41,15 @@ class Election:
 
     async def lead(self, work: Callable[[], Awaitable[None]]) -> None:
         """Wait for the lease, then work until it is lost (LeadershipLost) or the work ends; then give it back."""
-        while not await self._try():  # noqa: ASYNC110 - nobody tells when a lease runs out
-            await asyncio.sleep(self._renew)
+        loop = asyncio.get_running_loop()
+        while True:
+            asked = loop.time()
+            if await self._held_by(asked + self._deadline):
+                break
+            await asyncio.sleep(self._renew)  # nobody tells when a lease runs out
         log.info("%s leads", self._identity)
         metrics.LEADER.set(1)
-        renewing = asyncio.create_task(self._keep())
+        renewing = asyncio.create_task(self._keep(asked))
         working = asyncio.ensure_future(work())
         try:
             await asyncio.wait((renewing, working), return_when=asyncio.FIRST_COMPLETED)
@@ -61,22 +65,31 @@ class Election:
             if isinstance(result, Exception):
                 raise result
 
-    async def _keep(self) -> None:
+    async def _keep(self, renewed: float) -> None:
+        """renewed: when the lease was last asked for with success. Others count from when they see the answer to that,
+        which is later: a slow answer must not make this one believe in its lease for longer.
+        """
         loop = asyncio.get_running_loop()
-        renewed = loop.time()
         while True:
-            await asyncio.sleep(self._renew)
-            try:
-                async with asyncio.timeout(self._deadline):
-                    held = await self._try()
-            except TimeoutError:
-                held = False
-            if held:
-                renewed = loop.time()
+            await asyncio.sleep(min(self._renew, max(0.0, renewed + self._deadline - loop.time())))
+            asked = loop.time()
+            if await self._held_by(renewed + self._deadline):
+                renewed = asked
             elif self._seen is not None and self._holder(self._seen) != self._identity:
                 raise LeadershipLost(f"the lease was taken by {self._holder(self._seen) or 'nobody'}")
-            elif loop.time() - renewed > self._deadline:
-                raise LeadershipLost(f"the lease could not be renewed for {self._deadline:g} s: {self.trouble}")
+            elif loop.time() >= renewed + self._deadline:
+                raise LeadershipLost(
+                    f"the lease could not be renewed for {self._deadline:g} s: {self.trouble or 'no answer'}"
+                )
+
+    async def _held_by(self, deadline: float) -> bool:
+        """Whether the lease is ours, by an answer that came before the deadline."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await self._try()
+        except TimeoutError:
+            self.trouble = "the API server does not answer"
+            return False
 
     async def _try(self) -> bool:
         """Take or renew the lease, if it is ours or nobody's. Whether it is ours now."""

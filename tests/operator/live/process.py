@@ -54,7 +54,9 @@ class Zygote:
 class Operator:
     """One operator process, from its start to its end."""
 
-    def __init__(self, zygote: Zygote, kubeconfig: Path, config: Path, log: Path, **environment: str) -> None:
+    def __init__(
+        self, zygote: Zygote, config: Path, log: Path, account: Path | None = None, **environment: str
+    ) -> None:
         self._zygote = zygote
         self._status: int | None = None
         self._lock = threading.Lock()
@@ -62,14 +64,13 @@ class Operator:
         self.port = _free_port()
         environment = {
             "PATH": os.environ.get("PATH", ""),
-            "KUBECONFIG": str(kubeconfig),
             "ARRIERO_POD_NAME": "operator-0",
             "ARRIERO_POD_NAMESPACE": "arriero-system",
             "GRPC_ENABLE_FORK_SUPPORT": "false",
             **environment,
         }
         arguments = ["--config", str(config), "--host", "127.0.0.1", "--port", str(self.port)]
-        answer = zygote.ask(start=arguments, env=environment, log=str(log))
+        answer = zygote.ask(start=arguments, env=environment, log=str(log), account=account and str(account))
         self.pid: int = answer["pid"]
         self.started = time.monotonic()
 
@@ -101,13 +102,15 @@ class Operator:
             return 0, str(error)
         return answer.status_code, answer.text.strip()
 
-    def metric(self, name: str) -> float:
-        """The sum of a metric's series; -1: it does not answer."""
+    def metric(self, name: str, label: str = "") -> float:
+        """The sum of a metric's series, or of those with `label="value"`; -1: it does not answer."""
         try:
             text = httpx.get(f"http://127.0.0.1:{self.port}/metrics", timeout=3.0, trust_env=False).text
         except httpx.TransportError:
             return -1.0
-        lines = [line for line in text.splitlines() if line.partition("{")[0].partition(" ")[0] == name]
+        lines = [
+            line for line in text.splitlines() if line.partition("{")[0].partition(" ")[0] == name and label in line
+        ]
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
     @property

@@ -11,14 +11,16 @@ import json
 import ssl
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
+import trustme
 from aiohttp import web
 
 T = TypeVar("T")
@@ -36,6 +38,7 @@ class Call:
     at: float
     """time.monotonic() when it came."""
     watch: bool = False
+    token: str = ""
     status: int = 0
     """The API server's answer; 0: there was none yet, or the operator did not get it."""
     namespace: str = ""
@@ -78,21 +81,20 @@ async def through(_: Call, forward: Forward) -> web.StreamResponse:
     return await forward()
 
 
-@dataclass
-class _Line:
-    transports: set[asyncio.Transport] = field(default_factory=set)
-
-
 class ApiProxy:
-    """HTTP in, HTTPS to the API server, in a thread of its own. `fault` may be set at any time."""
+    """HTTP and HTTPS in, HTTPS to the API server, in a thread of its own. `fault` may be set at any time."""
 
     def __init__(self, server: str, authority: Path) -> None:
         self.calls: list[Call] = []
         self.fault: Fault = through
         self._server = server
         self._tls = ssl.create_default_context(cafile=str(authority))
+        own = trustme.CA()
+        self.authority: str = own.cert_pem.bytes().decode()
+        self._own_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        own.issue_cert("127.0.0.1").configure_cert(self._own_tls)
         self._loop = asyncio.new_event_loop()
-        self._transports: set[asyncio.BaseTransport] = set()
+        self._transports: weakref.WeakSet[asyncio.BaseTransport] = weakref.WeakSet()  # of both sides
         self._silent: asyncio.Event | None = None
         self._thread = threading.Thread(target=self._loop.run_forever, name="api-proxy", daemon=True)
         self._thread.start()
@@ -142,6 +144,10 @@ class ApiProxy:
     def counts(self, namespace: str = "", since: int = 0) -> Counter[str]:
         return Counter(f"{call.method} {call.plural}" for call in self.writes(namespace, since))
 
+    def call_soon(self, work: Callable[[], object]) -> None:
+        """Do something where faults run."""
+        self._loop.call_soon_threadsafe(work)
+
     def _do(self, work: Coroutine[Any, Any, T]) -> T:
         done: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
         return done.result(20.0)
@@ -157,18 +163,27 @@ class ApiProxy:
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
-        port: int = self._runner.addresses[0][1]
-        return port
+        await web.TCPSite(self._runner, "127.0.0.1", 0, ssl_context=self._own_tls).start()
+        (_, port), (_, self.tls_port) = self._runner.addresses
+        return int(port)
 
     async def _stop(self) -> None:
+        for site in [*self._runner.sites]:
+            await site.stop()
         self._abort()
         await self._runner.cleanup()
         await self._upstream.close()
+        self._abort()
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+        for _ in range(5):  # aborted transports close in the loop's next turns
+            await asyncio.sleep(0.01)
 
     def _abort(self) -> None:
         for transport in [*self._transports]:
-            assert isinstance(transport, asyncio.WriteTransport)
-            transport.abort()
+            transport.abort()  # type: ignore[attr-defined] # they are all of the kind that has it
         self._transports.clear()
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
@@ -177,7 +192,8 @@ class ApiProxy:
             raise web.HTTPServiceUnavailable
         self._transports.add(transport)
         body = await request.read()
-        call = Call(request.method, request.path, body, time.monotonic(), "watch" in request.query)
+        token = request.headers.get("Authorization", "").partition(" ")[2]
+        call = Call(request.method, request.path, body, time.monotonic(), "watch" in request.query, token)
         self.calls.append(call)
         await self._silence()
         try:
@@ -187,9 +203,6 @@ class ApiProxy:
             if request.transport is not None:
                 request.transport.abort()
             return web.Response(status=502)
-        finally:
-            if not call.watch and request.transport is None:
-                self._transports.discard(transport)
 
     async def _silence(self) -> None:
         if (silent := self._silent) is not None:
@@ -206,6 +219,8 @@ class ApiProxy:
             call.method, url, headers=headers, data=call.body or None, skip_auto_headers=("Accept-Encoding",)
         )
         async with asked as answer:
+            if answer.connection is not None and answer.connection.transport is not None:
+                self._transports.add(answer.connection.transport)
             if call.watch and answer.status == 200:
                 call.status = answer.status
                 return await self._follow(request, answer)

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.cluster.processes import ClusterError, wait_until
+from tests.cluster.processes import wait_until
 from tests.operator.live.process import Operator
 from tests.operator.live.proxy import ApiProxy
-from tests.operator.live.world import World, differences, path_of
+from tests.operator.live.world import World, path_of
 
 pytestmark = pytest.mark.cluster
 
@@ -58,9 +58,6 @@ def test_what_was_edited_or_deleted_by_hand_is_put_back(
     before, pods = world.snapshot(space), pod_uids(world, space)
     mine = [(plural, name) for plural, name in world.children(space) if plural in MADE]
 
-    def same() -> bool:
-        return not differences(before, world.snapshot(space))
-
     for plural, name in mine:
         if plural in EDITS:
             world.api.patch(path_of(plural, space, name), EDITS[plural])
@@ -70,7 +67,7 @@ def test_what_was_edited_or_deleted_by_hand_is_put_back(
         path_of("services", space, "llama-leaders"), {"metadata": {"labels": {"app.kubernetes.io/managed-by": None}}}
     )
     began = time.monotonic()
-    wait(same, lambda: differences(before, world.snapshot(space)))
+    world.wait_same(space, before)
     print(f"edits of {len(mine)} objects put back in {time.monotonic() - began:.1f} s")
     assert pod_uids(world, space) == pods, "no worker was restarted"
 
@@ -78,16 +75,9 @@ def test_what_was_edited_or_deleted_by_hand_is_put_back(
         if plural != "statefulsets":
             world.api.delete(path_of(plural, space, name))
     began = time.monotonic()
-    wait(same, lambda: differences(before, world.snapshot(space)))
+    world.wait_same(space, before)
     print(f"all of them but the StatefulSet, deleted, are back in {time.monotonic() - began:.1f} s")
     assert pod_uids(world, space) == pods, "no worker was restarted"
-
-
-def wait(condition: Callable[[], bool], words: Callable[[], str], timeout: float = 40.0) -> None:
-    try:
-        wait_until(condition, "the same objects", timeout)
-    except ClusterError as error:
-        raise AssertionError(f"{error}\n{words()}") from None
 
 
 @pytest.mark.parametrize("policy", ["Background", "Orphan"])

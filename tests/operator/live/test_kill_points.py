@@ -7,6 +7,7 @@ killed, and its successor goes on from all those states at once.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections import Counter
@@ -57,16 +58,22 @@ class Chain:
         self._proxy = proxy
         self._operator: Operator | None = None
         self._killed: list[Call] = []
+        self._one = asyncio.Lock()
 
     async def fault(self, call: Call, forward: Forward) -> Any:
-        assert self._operator is not None
-        answer = await forward()
-        if call.writes and 200 <= call.status < 300:
-            if self._operator.poll() is None:
-                self._operator.kill()
-                self._killed.append(call)
+        """Writes go one by one, though the operator makes several at a time: the first is the life's only one."""
+        if not call.writes:
+            return await forward()
+        async with self._one:
+            operator = self._operator
+            if operator is None or operator.poll() is not None:
+                raise Cut
+            answer = await forward()
+            if not 200 <= call.status < 300:
+                return answer
+            operator.kill()
+            self._killed.append(call)
             raise Cut
-        return answer
 
     def run(self, rests: Callable[[], bool], config: Any, most: int = 150) -> list[Call]:
         """Until `rests` and a life writes nothing for a while; after which writes it was killed."""
@@ -107,9 +114,11 @@ def test_an_operator_that_dies_with_each_write_gets_there(
     world.remove(space)
     delete = chain.run(lambda: not world.children(space), IMAGE)
     world.wait_gone(space)
-    print(f"{len(apply)} + {len(update)} + {len(delete)} kill points (apply, update, delete) in one chain of lives, ")
-    print(f"{time.monotonic() - began:.1f} s; undisturbed {len(plain.apply_writes)} + {len(plain.update_writes)} + ")
-    print(f"{len(plain.delete_writes)} writes")
+    print(
+        f"{len(apply)} + {len(update)} + {len(delete)} kill points (apply, update, delete) in one chain of lives, "
+        f"{time.monotonic() - began:.1f} s; undisturbed {len(plain.apply_writes)} + {len(plain.update_writes)} + "
+        f"{len(plain.delete_writes)} writes"
+    )
     assert targets(plain.apply_writes) == targets(apply), "each write was a kill point"
     assert targets(plain.update_writes) == targets(update)
 

@@ -51,6 +51,8 @@ SPEC: dict[str, Any] = {
     "rollout": {"drainSeconds": 0},
 }
 Object = dict[str, Any]
+Snapshot = dict[tuple[str, str], Any]
+"""Objects by kind and name, as they are compared."""
 
 
 class World:
@@ -78,13 +80,21 @@ class World:
             left_out = ("Deployment", "CustomResourceDefinition", "Namespace")
             kubectl.apply(*(o for o in yaml.safe_load_all(MANIFEST.read_text()) if o and o["kind"] not in left_out))
         self.cluster.start_kwok()
-        for name in kwok.create_simulated_nodes(self.api, nodes, gpus=gpus):
-            # There are no other nodes, so everybody may use these.
-            self.api.patch(f"/api/v1/nodes/{name}", {"spec": {"taints": None}})
-        wait_until(
-            lambda: all(_is_ready(node) for node in self.api.get("/api/v1/nodes")["items"]), "Ready simulated nodes"
-        )
+        names = kwok.create_simulated_nodes(self.api, nodes, gpus=gpus)
+        self._open(names)
         wait_until(self._serves, "the API of LlamaDeployments")
+
+    def add_nodes(self, names: list[str], gpus: int, **labels: str) -> None:
+        """A few more."""
+        for name in names:
+            kwok.create_simulated_nodes(self.api, 1, gpus=gpus, prefix=name, **labels)
+        self._open([f"{name}-0" for name in names])
+
+    def _open(self, names: list[str]) -> None:
+        """There are no other nodes, so everybody may use these."""
+        for name in names:
+            self.api.patch(f"/api/v1/nodes/{name}", {"spec": {"taints": None}})
+        wait_until(lambda: all(_is_ready(self.api.get(f"/api/v1/nodes/{name}")) for name in names), "Ready nodes")
 
     def _serves(self) -> bool:
         try:
@@ -109,21 +119,42 @@ class World:
         answer = self.api.create(f"/api/v1/namespaces/{SYSTEM}/serviceaccounts/arriero-operator/token", asked)
         return str(answer["status"]["token"])
 
-    def start(self, proxy: ApiProxy, config: Object | None = None, token: str = "", **environment: str) -> Operator:
+    def start(
+        self, proxy: ApiProxy, config: Object | None = None, account: Path | None = None, **environment: str
+    ) -> Operator:
+        """An operator process. account: it logs in as a pod does, with the token in this folder."""
+        kubeconfig, file = self.files(proxy, config)
+        if account is None:
+            environment["KUBECONFIG"] = str(kubeconfig)
+        else:
+            environment |= {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": str(proxy.tls_port)}
+        return Operator(self.zygote, file, file.with_suffix(".log"), account, **environment)
+
+    def files(self, proxy: ApiProxy, config: Object | None = None) -> tuple[Path, Path]:
+        """The kubeconfig and the configuration of an operator behind `proxy`."""
         self._number += 1
-        number = self._number
         access = {
             "apiVersion": "v1",
             "kind": "Config",
             "clusters": [{"name": "here", "cluster": {"server": proxy.url}}],
-            "users": [{"name": "operator", "user": {"token": token or self._known_token()}}],
+            "users": [{"name": "operator", "user": {"token": self._known_token()}}],
             "contexts": [{"name": "here", "context": {"cluster": "here", "user": "operator"}}],
             "current-context": "here",
         }
-        kubeconfig, file = self.folder / f"{number}.kubeconfig", self.folder / f"{number}.yaml"
+        kubeconfig, file = self.folder / f"{self._number}.kubeconfig", self.folder / f"operator-{self._number}.yaml"
         kubeconfig.write_text(json.dumps(access))
         file.write_text(yaml.safe_dump(CONFIG | (config or {})))
-        return Operator(self.zygote, kubeconfig, file, self.folder / f"operator-{number}.log", **environment)
+        return kubeconfig, file
+
+    def account_folder(self, proxy: ApiProxy, token: str) -> Path:
+        """What a kubelet mounts into the operator's pod."""
+        self._number += 1
+        folder = self.folder / f"account-{self._number}"
+        folder.mkdir()
+        (folder / "ca.crt").write_text(proxy.authority)
+        (folder / "token").write_text(token)
+        (folder / "namespace").write_text(SYSTEM)
+        return folder
 
     def _known_token(self) -> str:
         file = self.folder / "token"
@@ -208,11 +239,21 @@ class World:
 
         wait_until(lambda: time.monotonic() - last() > seconds, f"no write for {seconds} s", timeout)
 
-    def snapshot(self, namespace: str, name: str = "llama") -> dict[tuple[str, str], Any]:
+    def wait_same(self, namespace: str, before: Snapshot, timeout: float = 60.0) -> None:
+        """Again as in an earlier snapshot, but for pods: of those only the names count, for a successor need not have
+        been placed by the operator.
+        """
+        wanted = _named(before)
+        try:
+            wait_until(lambda: _named(self.snapshot(namespace)) == wanted, "the same objects", timeout)
+        except Exception as error:
+            raise AssertionError(f"{error}\n{differences(wanted, _named(self.snapshot(namespace)))}") from None
+
+    def snapshot(self, namespace: str, name: str = "llama") -> Snapshot:
         """All that there is of a deployment, less what differs from one run to the next: ids, times, places."""
         whole = self.get("llamadeployments", namespace, name)
         revision = (whole.get("status") or {}).get("revision", "")
-        found: dict[tuple[str, str], Any] = {}
+        found: Snapshot = {}
         for (plural, called), o in [*self.children(namespace).items(), (("llamadeployments", name), whole)]:
             found[plural, _told(called, namespace, revision, o)] = json.loads(
                 _told(json.dumps(_bare(o, plural), sort_keys=True), namespace, revision, o)
@@ -220,7 +261,11 @@ class World:
         return found
 
 
-def differences(first: dict[tuple[str, str], Any], second: dict[tuple[str, str], Any]) -> str:
+def _named(found: Snapshot) -> Snapshot:
+    return {key: value if key[0] != "pods" else {} for key, value in found.items()}
+
+
+def differences(first: Snapshot, second: Snapshot) -> str:
     """Of two snapshots, for people; empty: they are the same."""
     texts = [
         [line for key in sorted(found) for line in (f"--- {key}", *yaml.safe_dump(found[key]).splitlines())]
