@@ -143,6 +143,7 @@ def report_of(told: worker_pb2.StatusResponse) -> Report:
         ),
         running=told.running,
         waiting=told.waiting,
+        tokens_per_second=told.tokens_per_second,
         reason=told.reason,
     )
 
