@@ -117,8 +117,8 @@ class Store:
         if version and version <= self._gone.get((kind, key), 0):
             return
         kept = _lean(seen)
-        if kind == "Pod" and names.DEPLOYMENT not in (kept["metadata"].get("labels") or {}):
-            kept = _foreign(kept)
+        if kind == "Pod":
+            kept = _ours(kept) if owner_of(kept) else _foreign(kept)
         if kind == "Pod" and key in self._assumed:
             body = self._assumed.pop(key)[1]
             if Pod.of(kept).gated and kept["metadata"].get("uid") == body["metadata"]["uid"]:
@@ -248,10 +248,26 @@ def _lean(seen: Object) -> Object:
     return {**seen, "metadata": {field: value for field, value in metadata.items() if field != "managedFields"}}
 
 
+def _ours(pod: Object) -> Object:
+    """Of a pod that belongs to a deployment, all but what its containers do: that is rendered, and read nowhere."""
+    return {**pod, "spec": _demands(pod, "affinity", "tolerations")}
+
+
 def _foreign(pod: Object) -> Object:
     """Of somebody else's pod, the room that it takes."""
-    spec = pod.get("spec") or {}
     metadata = pod["metadata"]
+    return {
+        "kind": "Pod",
+        "metadata": {f: metadata[f] for f in ("name", "namespace", "uid", "resourceVersion") if f in metadata},
+        "spec": _demands(pod),
+        "status": {"phase": (pod.get("status") or {}).get("phase")},
+    }
+
+
+def _demands(pod: Object, *more: str) -> Object:
+    """Of a pod's spec, where it is and what it asks for, and `more` fields."""
+    spec = pod.get("spec") or {}
+    kept = ("nodeName", "nodeSelector", "schedulingGates", "overhead", "resources", *more)
     containers = {
         field: [
             {part: entry[part] for part in ("name", "resources", "restartPolicy") if part in entry}
@@ -259,14 +275,4 @@ def _foreign(pod: Object) -> Object:
         ]
         for field in ("containers", "initContainers")
     }
-    kept = {
-        field: spec[field]
-        for field in ("nodeName", "nodeSelector", "schedulingGates", "overhead", "resources")
-        if field in spec
-    }
-    return {
-        "kind": "Pod",
-        "metadata": {f: metadata[f] for f in ("name", "namespace", "uid", "resourceVersion") if f in metadata},
-        "spec": {**kept, **containers},
-        "status": {"phase": (pod.get("status") or {}).get("phase")},
-    }
+    return {**{field: spec[field] for field in kept if field in spec}, **containers}
