@@ -46,10 +46,8 @@ def phase_of(group: Group, problem: str) -> GroupPhase:
     if report is not None and report.phase == "Serving" and group.complete and not group.lost:
         return "Joining"  # its pod's readiness, and with it its endpoint, follows in a moment
     was_whole = not group.gated
-    if (report is not None and report.epoch > 0) or (was_whole and (group.lost or not group.placed)):
+    if _served(group) or (was_whole and (group.lost or not group.placed)):
         return "Recovering"
-    if report is None and group.leader is not None and _was_ready(group.leader):
-        return "Recovering"  # nobody hears of it any more
     if problem and not group.lost:
         return "Failed"
     if group.downloads or any(_downloads(pod) for pod in group.pods):
@@ -62,6 +60,13 @@ def phase_of(group: Group, problem: str) -> GroupPhase:
         case "Joining" | "Serving":  # of one that serves, the pods' readiness follows in a moment
             return "Joining"
     return "Starting"
+
+
+def _served(group: Group) -> bool:
+    """Whether it has served in this life: its first epoch alone does not tell, it is formed before that."""
+    leader = group.leader
+    again = group.report is not None and group.report.epoch > 1
+    return again or (leader is not None and (leader.ready or _was_ready(leader)))
 
 
 def _was_ready(pod: Pod) -> bool:
@@ -137,10 +142,15 @@ def download_of(group: Group) -> DownloadStatus | None:
 
 
 def _download_words(download: DownloadStatus) -> str:
-    done, total = download.bytes_fetched / 2**30, download.bytes_total / 2**30
+    size, unit = _unit(download.bytes_total)
+    done, total = download.bytes_fetched / size, download.bytes_total / size
     where = f" in {download.pods} pods" if download.pods > 1 else ""
     left = f", {_time(download.eta_seconds)} left" if download.eta_seconds is not None else ""
-    return f"downloading {done:.1f} of {total:.1f} GiB{where}{left}"
+    return f"downloading {done:.1f} of {total:.1f} {unit}{where}{left}"
+
+
+def _unit(most: int) -> tuple[int, str]:
+    return (2**30, "GiB") if most >= 2**30 else (2**20, "MiB")
 
 
 def _time(seconds: int) -> str:
@@ -161,7 +171,8 @@ def progress_of(group: Group) -> str:
         return ""
     etas = [eta for rank in ranks if (eta := eta_of(rank)) is not None]
     left = f", about {max(etas)} s left" if etas else ""
-    return f"{100 * loaded // total}% of {total / 2**30:.1f} GiB{left}"
+    size, unit = _unit(total)
+    return f"{100 * loaded // total}% of {total / size:.1f} {unit}{left}"
 
 
 def ranks_of(group: Group) -> list[RankStatus]:

@@ -79,6 +79,7 @@ def router_settings(wanted: Wanted) -> dict[str, Any]:
             }
         ],
         "drainSeconds": spec.rollout.drain_seconds,
+        "leaveSeconds": _LEAVE_SECONDS,
     }
 
 
@@ -201,7 +202,6 @@ def _router_container(wanted: Wanted) -> dict[str, Any]:
             {"name": "grpc", "containerPort": 9000, "protocol": "TCP"},
         ],
         "resources": {"requests": {"cpu": "500m", "memory": "256Mi"}},
-        "lifecycle": {"preStop": {"sleep": {"seconds": _LEAVE_SECONDS}}},
         "startupProbe": _probe("/health/live", periodSeconds=1, failureThreshold=60),
         "livenessProbe": _probe("/health/live", periodSeconds=10, failureThreshold=3),
         "readinessProbe": _probe("/health/ready", periodSeconds=2, failureThreshold=2),

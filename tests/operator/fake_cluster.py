@@ -385,7 +385,8 @@ class FakeCluster:
                 self.requests[group] -= 1
             for pod in alive:
                 pod["status"]["phase"] = "Running"
-                pod["status"]["containerStatuses"] = [{"name": names.WORKER, "state": {"running": {}}}]
+                running = {"startedAt": timestamp(self.started[pod["metadata"]["uid"]])}
+                pod["status"]["containerStatuses"] = [{"name": names.WORKER, "state": {"running": running}}]
                 if _is_ready(pod) != (serves and not draining):
                     pod["status"]["conditions"] = [_ready(serves and not draining, self.now)]
 
