@@ -25,3 +25,8 @@ def quantize(
     y = y / wide
     codes = (y.round() if dtype == torch.int8 else y).clamp(-largest, largest).to(dtype)
     return codes.view(y_TN.shape), scales
+
+
+def scale_bytes(scaling: Scaling, tokens: int, columns: int, group: int) -> int:
+    """What is written of scales."""
+    return 4 * {Scaling.TOKEN: tokens, Scaling.GROUP: tokens * columns // group}.get(scaling, 0)

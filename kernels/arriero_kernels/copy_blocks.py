@@ -21,7 +21,7 @@ def _copy_blocks_kernel(source, target, pairs, words, source_layer, target_layer
     word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     from_block = tl.load(pairs + 2 * pair).to(tl.int64)
     to_block = tl.load(pairs + 2 * pair + 1).to(tl.int64)
-    mask = (word < words) & (from_block >= 0)
+    mask = word < tl.where(from_block >= 0, words, 0)
     values = tl.load(source + layer * source_layer + from_block * words + word, mask=mask)
     tl.store(target + layer * target_layer + to_block * words + word, values, mask=mask)
 

@@ -18,9 +18,9 @@ def _embedding_kernel(tokens, table, out, first, rows, n, BLOCK: tl.constexpr):
     position = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(tokens + position).to(tl.int64) - first
-    inside = (row >= 0) & (row < rows)
+    read = tl.where((row >= 0) & (row < rows), n, 0)
     # Copied, not computed with: no widening is needed.
-    values = tl.load(table + row * n + column, mask=(column < n) & inside, other=0.0)
+    values = tl.load(table + row * n + column, mask=column < read, other=0.0)
     tl.store(out + position * n + column, values, mask=column < n)
 
 

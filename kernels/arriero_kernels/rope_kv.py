@@ -24,7 +24,7 @@ def _turned(low, high, cos, sin):
     return low * cos - high * sin, high * cos + low * sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # which varies from step to step: nothing is compiled while serving
 def _rope_kv_kernel(
     qkv,
     cos_sin,
@@ -89,6 +89,7 @@ def rope_table(inverse_frequencies: torch.Tensor, positions: int) -> torch.Tenso
 
     inverse_frequencies: float32 [D / 2], with the model's scaling (llama3's, say) already in them. The angles are
     rounded to float32, as transformers has them.
+    positions: how many, P; the model's longest context.
     """
     angles = (
         torch.arange(positions, dtype=torch.float32, device=inverse_frequencies.device)[:, None] * inverse_frequencies

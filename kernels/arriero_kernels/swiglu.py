@@ -20,7 +20,8 @@ from arriero_kernels.tuning import Tuning
 def _silu_mul(gate_up, n, column, mask):
     gate = widen(tl.load(gate_up + column, mask=mask, other=0.0))
     up = widen(tl.load(gate_up + n + column, mask=mask, other=0.0))
-    return gate / (1.0 + tl.exp(-gate)) * up
+    small = tl.exp(-tl.abs(gate))  # of the negative size, so that nothing overflows
+    return gate * (tl.where(gate < 0, small, 1.0) / (1.0 + small)) * up
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.kernels.quantized import assert_quantized, each_quantization, expected_scales
+from tests.kernels.tensors import DTYPES, drawn
 from tests.kernels.tolerance import assert_as_good
 
 from arriero_kernels.quantization import Scaling
@@ -13,11 +14,6 @@ from arriero_kernels.tuning import Tuning
 
 EPS = 1e-5
 SHAPES = [(0, 64), (1, 1), (1, 2048), (5, 123), (17, 64), (3, 1000), (2, 3072)]
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-def drawn(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device=device, dtype=dtype)
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as functional
 from benchmarks.gpu.case import Case, Outputs, Work, bytes_of, plain
-from benchmarks.gpu.twins import quantize
+from benchmarks.gpu.twins import quantize, scale_bytes
 
 from arriero_kernels.quantization import Scaling
 from arriero_kernels.rms_norm import add_rms_norm, add_rms_norm_quantized
@@ -41,10 +41,9 @@ def case(
             y = functional.rms_norm(theirs, (hidden,), weight, EPS)
             return y if scaling is Scaling.NONE else quantize(y, dtype, scaling, scale, GROUP)
 
-        out = torch.empty(tokens, hidden, device="meta", dtype=torch.bfloat16 if scaling is Scaling.NONE else dtype)
         moved = bytes_of(residual, residual, delta) if with_delta else bytes_of(residual)
-        scales = {Scaling.TOKEN: tokens, Scaling.GROUP: tokens * hidden // GROUP}.get(scaling, 0)
-        return Work(call, twin, moved + bytes_of(weight, out) + 4 * scales)
+        out = tokens * hidden * (2 if scaling is Scaling.NONE else 1)
+        return Work(call, twin, moved + bytes_of(weight) + out + scale_bytes(scaling, tokens, hidden, GROUP))
 
     result = "bf16" if scaling is Scaling.NONE else f"{plain(dtype)} per {scaling.name.lower()}"
     return Case("rms_norm", f"T={tokens} H={hidden}{'' if with_delta else ' alone'} to {result}", make, timed)
