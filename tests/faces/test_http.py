@@ -203,6 +203,12 @@ def test_one_request(server: Server) -> None:
     assert "date" in response.headers
 
 
+@pytest.mark.parametrize("target", ["http://x/hello?a=b", "HTTPS://x:8443/hello?a=b", "/hello?a=b"])
+def test_a_target_may_be_absolute(server: Server, target: str) -> None:
+    assert parse_response(server.raw(head(f"GET {target} HTTP/1.1", CLOSE))).body == b"a=b"
+    assert server.seen[-1][:2] == ("GET", "/hello")
+
+
 def test_the_head_may_come_byte_by_byte(server: Server) -> None:
     with server.connect() as connection:
         for byte in head("POST /a HTTP/1.1", CLOSE, "Content-Length: 3") + b"abc":

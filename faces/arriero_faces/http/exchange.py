@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from arriero_faces.http.connection import Connection
 
 JSON = "application/json"
+_ABSOLUTE = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
 _SIZES = [b"%x\r\n" % size for size in range(4096)]
 """Lines before chunks: to look one up is cheaper than to write it."""
 
@@ -56,6 +58,8 @@ class Exchange:
         headers: list[tuple[bytes, bytes]],
         keep_alive: bool,
     ) -> None:
+        if not target.startswith(b"/"):
+            target = origin_form(target)
         path, _, query = target.partition(b"?")
         self.method = method
         self.path = path.decode("latin-1")
@@ -181,6 +185,17 @@ class Exchange:
 def _chunk(data: bytes) -> bytes:
     size = len(data)
     return (_SIZES[size] if size < len(_SIZES) else b"%x\r\n" % size) + data + b"\r\n"
+
+
+def origin_form(target: bytes) -> bytes:
+    """A target in absolute form, which clients of proxies send, without scheme and authority; any other as it is
+    (RFC 9112, 3.2.2).
+    """
+    found = _ABSOLUTE.match(target)
+    if found is None:
+        return target
+    rest = target[found.end() :]
+    return rest if rest.startswith(b"/") else b"/" + rest
 
 
 def header_lines(content_type: str | None, headers: tuple[tuple[str, str], ...]) -> bytes:

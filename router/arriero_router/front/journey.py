@@ -184,7 +184,9 @@ class Journey:
             return
         self._began_to_wait = time.monotonic()
         if self._hold is not None:
-            self._timer = self._loop.call_later(self._hold.after, self._still_waits)
+            # All waits together: a stream whose replicas keep refusing must not stay silent.
+            after = max(0.0, self._hold.after - self.held_seconds)
+            self._timer = self._loop.call_later(after, self._still_waits)
 
     def _told(self, told: Grant | Refusal) -> None:
         traveller = self._traveller
