@@ -71,6 +71,7 @@ class Rounds:
 
     async def run(self, writer: Writer) -> None:
         """Until cancelled. What is being written is finished first, so far as the loop lives."""
+        spent = 0.0
         try:
             while True:
                 self.last_round = time.monotonic()
@@ -80,9 +81,12 @@ class Rounds:
                         await self._wake.wait()
                 except TimeoutError:
                     continue
-                await asyncio.sleep(_GATHER_SECONDS)
+                # What takes long to decide, say of hundreds of groups, is decided less often.
+                await asyncio.sleep(max(_GATHER_SECONDS, 2 * spent))
                 self._wake.clear()
+                begun = time.monotonic()
                 self._round(writer)
+                spent = time.monotonic() - begun
         finally:
             for timer in self._timers.values():
                 timer.cancel()
