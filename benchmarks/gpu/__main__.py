@@ -25,7 +25,7 @@ from benchmarks.gpu.case import Case, all_cases
 from benchmarks.gpu.machine import ceilings, clocks, describe
 from benchmarks.gpu.measure import Measured, measure
 
-_WRONG = 0.05
+WRONG = 0.05
 """Relative error from which a case does not compute what its twin does."""
 
 
@@ -49,7 +49,7 @@ def entry(measured: Measured, found: dict[str, float | None]) -> dict[str, Any]:
         "bytes_per_second": measured.bytes / seconds,
         "flops_per_second": measured.flops / seconds if measured.flops else None,
         "faster_than_twin": None if measured.twin is None else measured.twin.seconds / seconds,
-        "agrees": None if measured.error is None else measured.error < _WRONG,
+        "agrees": None if measured.error is None else measured.error < WRONG,
     }
 
 

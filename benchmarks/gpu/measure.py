@@ -57,7 +57,7 @@ def measure(case: Case, l2_bytes: int, budget: float) -> Measured:
     wanted = min(_MAX_SETS, -(-_CACHES * l2_bytes // max(1, works[0].bytes)))
     works += [case.make(device, None) for _ in range(wanted - 1)]
     first = works[0]
-    error = None if first.twin is None else _difference(first.call(), first.twin())
+    error = None if first.twin is None else first_difference(first.call(), first.twin())
     ours = time_graph([work.call for work in works], budget)
     twins = [work.twin for work in works if work.twin is not None]
     twin = time_graph(twins, budget) if twins else None
@@ -105,6 +105,7 @@ def _timed(call: Callable[[], object]) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def _difference(ours: Outputs, theirs: Outputs) -> float:
+def first_difference(ours: Outputs, theirs: Outputs) -> float:
+    """|ours - theirs| / |theirs| of the first tensors."""
     a, b = (x if isinstance(x, torch.Tensor) else x[0] for x in (ours, theirs))
     return float(((a.double() - b.double()).norm() / b.double().norm()).item())

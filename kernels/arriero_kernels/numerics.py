@@ -33,7 +33,7 @@ def widen(x):
         normal = (((exponent + 120) << 23) | (mantissa << 20)).to(tl.float32, bitcast=True)
         size = tl.where(exponent == 0, mantissa.to(tl.float32) * 0.001953125, normal)
         size = tl.where((bits & 127) == 127, float("nan"), size)
-        return tl.where(bits >= 128, -size, size)
+        return (size.to(tl.uint32, bitcast=True) | ((bits >> 7) << 31)).to(tl.float32, bitcast=True)
     elif INTERPRET and x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -57,7 +57,7 @@ def narrow(x, dtype: tl.constexpr):
         bits = tl.where(x != x, 0x7FC0, bits)
         return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     elif INTERPRET and dtype == tl.float8e4nv:
-        size = tl.minimum(tl.abs(x), _FLOAT8_MAX)
+        size = tl.where(x != x, 0.0, tl.minimum(tl.abs(x), _FLOAT8_MAX))
         bits = size.to(tl.uint32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
         code = tl.where(size < 0.015625, rint(size * 512.0).to(tl.uint32), normal)

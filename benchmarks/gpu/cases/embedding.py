@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as functional
 from benchmarks.gpu.case import Case, Outputs, Work
@@ -8,9 +10,15 @@ from arriero_kernels.embedding import embedding
 from arriero_kernels.tuning import Tuning
 
 
+@lru_cache(maxsize=1)
+def _table(device: torch.device, vocabulary: int, hidden: int) -> torch.Tensor:
+    """One for all sets of tokens, as it is many times the cache."""
+    return torch.randn(vocabulary, hidden, device=device, dtype=torch.bfloat16)
+
+
 def case(tokens: int, vocabulary: int, hidden: int, timed: bool = True) -> Case:
     def make(device: torch.device, tuning: Tuning | None) -> Work:
-        table = torch.randn(vocabulary, hidden, device=device, dtype=torch.bfloat16)
+        table = _table(device, vocabulary, hidden)
         ids = torch.randint(0, vocabulary, (tokens,), device=device)
 
         def call() -> Outputs:
