@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlencode
@@ -39,15 +39,17 @@ class ApiError(Exception):
 
     @property
     def may_pass(self) -> bool:
-        """Whether the same call may succeed later: nobody answered, or too busily."""
-        return self.status in (0, 408, 429) or self.status >= 500
+        """Whether the same call may succeed later: nobody answered, or too busily, or our token had expired."""
+        return self.status in (0, 401, 408, 429) or self.status >= 500
 
 
 class Api:
     """One connection pool to one API server. Every method raises ApiError."""
 
-    def __init__(self, api_client: Any) -> None:
+    def __init__(self, api_client: Any, renew: Callable[[], None] = lambda: None) -> None:
+        """renew: read the credentials anew, for they were refused."""
         self._client = api_client
+        self._renew = renew
 
     async def get(self, path: str, **query: str) -> Any:
         return await self._json("get", "GET", path, query)
@@ -80,7 +82,7 @@ class Api:
             try:
                 metrics.API_CALLS.labels("watch", str(response.status)).inc()
                 if response.status != 200:
-                    raise _refused(response.status, response.reason or "", await response.read())
+                    raise self._refused(response.status, response.reason or "", await response.read())
                 yield response.content
             finally:
                 response.close()
@@ -111,11 +113,16 @@ class Api:
             metrics.API_CALLS.labels(verb, str(status) if status else "unreachable").inc()
             metrics.API_SECONDS.labels(verb).observe(time.perf_counter() - begun)
         if status >= 300:
-            raise _refused(status, response.reason or "", text)
+            raise self._refused(status, response.reason or "", text)
         try:
             return msgspec.json.decode(text)
         except msgspec.DecodeError as error:
             raise ApiError(0, f"the API server's answer is no JSON: {words(error)}") from error
+
+    def _refused(self, status: int, reason: str, body: bytes) -> ApiError:
+        if status == 401:
+            self._renew()
+        return _refused(status, reason, body)
 
     async def _send(
         self,
@@ -144,10 +151,20 @@ async def connected(kubeconfig: str = "", context: str = "") -> AsyncIterator[Ap
     """
     configuration = client.Configuration()
     named = kubeconfig or os.environ.get("KUBECONFIG", "")
-    in_a_pod = not named and "KUBERNETES_SERVICE_HOST" in os.environ
+    in_a_pod = not named and bool(server_of_pod())
+
+    def log_in() -> None:
+        load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+
+    def renew() -> None:
+        try:
+            log_in()
+        except (ConfigException, OSError) as error:
+            log.warning("the account's token cannot be read: %s", words(error))
+
     try:
         if in_a_pod:
-            load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+            log_in()
         else:
             await load_kube_config(  # type: ignore[no-untyped-call]
                 config_file=named or None,
@@ -160,7 +177,15 @@ async def connected(kubeconfig: str = "", context: str = "") -> AsyncIterator[Ap
     # For proxies alone: trusting the environment also means to read ~/.netrc before each request, in a thread.
     configuration.client_session_kwargs = {"trust_env": bool(getproxies())}
     async with client.ApiClient(configuration) as api_client:
-        yield Api(api_client)
+        yield Api(api_client, renew) if in_a_pod else Api(api_client)
+
+
+def server_of_pod() -> str:
+    """Where the API server is, as kubelets tell pods, without DNS. Empty: this is no pod, or KUBECONFIG is set."""
+    host, port = (os.environ.get(f"KUBERNETES_SERVICE_{part}", "") for part in ("HOST", "PORT"))
+    if os.environ.get("KUBECONFIG") or not host or not port:
+        return ""
+    return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
 
 
 def words(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import kopf
 
 from arriero_operator.runtime import gauges
-from arriero_operator.runtime.api import Api, ApiError
+from arriero_operator.runtime.api import Api, ApiError, server_of_pod
 from arriero_operator.runtime.config import Config
 from arriero_operator.runtime.informer import Informer
 from arriero_operator.runtime.kinds import CHILDREN, DEPLOYMENT, NODE, POD
@@ -136,5 +137,9 @@ class App:
 
 
 def _login(**arguments: Any) -> kopf.ConnectionInfo | None:
-    """As a pod, else as KUBECONFIG says."""
-    return kopf.login_with_service_account(**arguments) or kopf.login_with_kubeconfig(**arguments)
+    """To the same API server as everything else here: kopf's own way asks DNS for it, and overlooks KUBECONFIG."""
+    server = server_of_pod()
+    if not server:
+        return kopf.login_with_kubeconfig(**arguments)
+    account = kopf.login_with_service_account(**arguments)
+    return dataclasses.replace(account, server=server) if account is not None else None

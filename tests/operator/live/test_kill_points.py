@@ -53,16 +53,17 @@ class Plain:
 class Chain:
     """Lives that end with their first write."""
 
-    def __init__(self, proxy: ApiProxy, start: Start) -> None:
+    def __init__(self, proxy: ApiProxy, start: Start, space: str) -> None:
         self._start = start
         self._proxy = proxy
+        self._space = space
         self._operator: Operator | None = None
         self._killed: list[Call] = []
         self._one = asyncio.Lock()
 
     async def fault(self, call: Call, forward: Forward) -> Any:
         """Writes go one by one, though the operator makes several at a time: the first is the life's only one."""
-        if not call.writes:
+        if not call.writes or call.namespace != self._space:
             return await forward()
         async with self._one:
             operator = self._operator
@@ -104,7 +105,7 @@ def test_an_operator_that_dies_with_each_write_gets_there(
     plain = Plain(world, proxy, operators, spaces())
     began = time.monotonic()
     space = spaces()
-    chain = Chain(proxy, operators)
+    chain = Chain(proxy, operators, space)
 
     world.deploy(space)
     apply = chain.run(lambda: runs(world, space, "arriero-worker:1"), {})

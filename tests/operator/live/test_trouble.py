@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from aiohttp import web
 from tests.cluster.processes import Program, wait_until
 from tests.operator.live.process import Operator
 from tests.operator.live.proxy import ApiProxy, Call, Cut, Forward, refusal, through
@@ -106,10 +107,13 @@ class Gap:
         if not call.watch and not (call.method == "GET" and not call.name):
             return await forward()
         await self.open.wait()
-        if call.watch and call.at < self.until:
-            self.gone[call.plural] += 1
+        if not call.watch or call.at > self.until:
+            return await forward()
+        self.gone[call.plural] += 1
+        if len(call.plural) % 2 and call.plural != "llamadeployments":
             return refusal(410, "Expired", "too old resource version")
-        return await forward()
+        status = {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old resource version"}
+        return web.json_response({"type": "ERROR", "object": status})
 
 
 def test_deletions_in_a_gap_that_no_watch_bridges_are_noticed(
