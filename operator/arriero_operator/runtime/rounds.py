@@ -82,7 +82,7 @@ class Rounds:
                 except TimeoutError:
                     continue
                 # What takes long to decide, say of hundreds of groups, is decided less often.
-                await asyncio.sleep(max(_GATHER_SECONDS, 2 * spent))
+                await asyncio.sleep(min(max(_GATHER_SECONDS, 2 * spent), 1.0))
                 self._wake.clear()
                 begun = time.monotonic()
                 self._round(writer)
