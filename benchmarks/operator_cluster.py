@@ -100,7 +100,8 @@ class Census:
         self._lock = threading.Lock()
         query = f"?watch=true&timeoutSeconds=3600&labelSelector={selector}"
         self._connection, self._response = server.open(path + query)
-        threading.Thread(target=self._read, daemon=True).start()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
 
     def reach(self, goal: Callable[[Census], bool]) -> Callable[[float], float]:
         """Note when the goal is reached; the answer waits for it and tells the time."""
@@ -110,8 +111,12 @@ class Census:
             self._check()
 
         def wait(seconds: float) -> float:
-            if not reached.wait(seconds):
-                raise TimeoutError(f"not reached within {seconds:g} s: {self.counts} of {len(self.seen)}")
+            deadline = time.monotonic() + seconds
+            while not reached.wait(1.0):
+                if not self._thread.is_alive():
+                    raise SystemExit("a watch ended")
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"not reached within {seconds:g} s: {self.counts} of {len(self.seen)}")
             return times[0]
 
         return wait
@@ -156,9 +161,16 @@ class Server:
         self._tls = ssl.create_default_context(cafile=config["clusters"][0]["cluster"]["certificate-authority"])
 
     def open(self, path: str) -> tuple[http.client.HTTPSConnection, http.client.HTTPResponse]:
-        connection = http.client.HTTPSConnection(self._host, context=self._tls)
-        connection.request("GET", path, headers=self.header)
-        return connection, connection.getresponse()
+        """The answer to a request, once there is a good one: a definition that was just made takes its time."""
+        for _ in range(100):
+            connection = http.client.HTTPSConnection(self._host, context=self._tls)
+            connection.request("GET", path, headers=self.header)
+            response = connection.getresponse()
+            if response.status == 200:
+                return connection, response
+            connection.close()
+            time.sleep(0.2)
+        raise SystemExit(f"{path}: {response.status} {response.reason}")
 
     def writes(self) -> Writes:
         """Since the cluster began: every write but those of leases, and of what only asks in the form of a write."""
