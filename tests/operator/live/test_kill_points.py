@@ -11,7 +11,7 @@ import asyncio
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -30,24 +30,33 @@ IMAGE = {"workerImage": "arriero-worker:2"}
 class Plain:
     """One deployment's life without trouble: what there is in the end, and what was written for it."""
 
-    def __init__(self, world: World, proxy: ApiProxy, start: Start, space: str) -> None:
-        operator = start()
-        world.deploy(space)
-        world.wait_ready(space)
-        world.wait_quiet(proxy)
-        self.applied = world.snapshot(space)
-        self.apply_writes = proxy.writes(space)
-        operator.kill()
-        operator = start(config=IMAGE)
-        wait_until(lambda: world.status(space).get("phase") != "Ready", "the beginning of the update")
-        world.wait_ready(space)
-        world.wait_quiet(proxy)
-        self.updated = world.snapshot(space)
-        self.update_writes = proxy.writes(space)[len(self.apply_writes) :]
-        world.remove(space)
-        world.wait_gone(space)
-        self.delete_writes = proxy.writes(space)[len(self.apply_writes) + len(self.update_writes) :]
-        operator.kill()
+    def __init__(self, world: World, space: str) -> None:
+        proxy = world.proxy()
+        operator = world.start(proxy)
+        try:
+            world.deploy(space)
+            world.wait_ready(space)
+            world.wait_quiet(proxy)
+            self.applied, self.apply_writes = world.snapshot(space), proxy.writes(space)
+            operator.kill()
+            operator = world.start(proxy, IMAGE)
+            wait_until(lambda: runs(world, space, IMAGE["workerImage"]), "the update")
+            world.wait_quiet(proxy)
+            self.updated, self.update_writes = world.snapshot(space), proxy.writes(space)[len(self.apply_writes) :]
+            world.remove(space)
+            world.wait_gone(space)
+            self.delete_writes = proxy.writes(space)[len(self.apply_writes) + len(self.update_writes) :]
+        finally:
+            operator.kill()
+            proxy.close()
+
+
+@pytest.fixture(scope="module")
+def plain(world: World) -> Iterator[Plain]:
+    space = "undisturbed"
+    world.api.create("/api/v1/namespaces", {"metadata": {"name": space}})
+    yield Plain(world, space)
+    world.api.delete(f"/api/v1/namespaces/{space}")
 
 
 class Chain:
@@ -100,9 +109,8 @@ def targets(calls: Iterable[Call]) -> set[str]:
 
 
 def test_an_operator_that_dies_with_each_write_gets_there(
-    world: World, proxy: ApiProxy, operators: Start, spaces: Callable[[], str]
+    world: World, plain: Plain, proxy: ApiProxy, operators: Start, spaces: Callable[[], str]
 ) -> None:
-    plain = Plain(world, proxy, operators, spaces())
     began = time.monotonic()
     space = spaces()
     chain = Chain(proxy, operators, space)
@@ -151,12 +159,11 @@ class Fan:
 
 
 def test_from_every_state_that_a_killed_operator_leaves_its_successor_gets_there(
-    world: World, proxy: ApiProxy, operators: Start, spaces: Callable[[], str]
+    world: World, plain: Plain, proxy: ApiProxy, operators: Start, spaces: Callable[[], str]
 ) -> None:
-    plain = Plain(world, proxy, operators, spaces())
     began = time.monotonic()
     limits = {spaces(): number for number in range(1, len(plain.apply_writes) + 1)}
-    abandoned = {spaces(): number for number in range(1, len(plain.apply_writes) + 1, 2)}
+    abandoned = {spaces(): number for number in range(1, len(plain.apply_writes) + 1, 3)}
     for space in (*limits, *abandoned):
         world.deploy(space)
 
@@ -165,7 +172,7 @@ def test_from_every_state_that_a_killed_operator_leaves_its_successor_gets_there
     _run(world, operators(), fan, [*limits, *abandoned])
     applied = len(fan.reached & limits.keys())
     for space in abandoned:  # deleted while nobody is there to see it
-        world.remove(space, policy="Foreground" if abandoned[space] % 4 == 1 else "Background")
+        world.remove(space, policy="Foreground" if abandoned[space] % 2 else "Background")
     proxy.fault = through
     operator = operators()
     world.wait_ready(*limits)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import pytest
 from tests.cluster.processes import wait_until
 from tests.operator.live.process import Operator
 from tests.operator.live.proxy import ApiProxy
-from tests.operator.live.world import World, path_of
+from tests.operator.live.world import World, meanwhile, path_of
 
 pytestmark = pytest.mark.cluster
 
@@ -38,32 +37,6 @@ def whole(world: World, space: str, group: str, size: int = 2) -> bool:
     )
 
 
-@contextmanager
-def watching(see: Callable[[], None]) -> Iterator[None]:
-    """`see` is called all the time meanwhile; what it raises is raised at the end."""
-    over = threading.Event()
-    raised: list[BaseException] = []
-
-    def watch() -> None:
-        try:
-            while not over.is_set():
-                see()
-                over.wait(0.02)
-        except BaseException as error:
-            raised.append(error)
-
-    see()
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-    if raised:
-        raise raised[0]
-
-
 @pytest.mark.parametrize("lost", ["llama-0-1", "llama-0-0"], ids=["worker", "leader"])
 @pytest.mark.parametrize("operator_lives", [True, False], ids=["seen", "unseen"])
 def test_a_lost_pod_is_made_anew_once_and_the_others_stay(
@@ -85,7 +58,7 @@ def test_a_lost_pod_is_made_anew_once_and_the_others_stay(
         for name, uid in uids(world, space).items():
             seen.setdefault(name, set()).add(uid)
 
-    with watching(see):
+    with meanwhile(see):
         # At once: who plays the kubelets here would delete what has the name, even if it is the successor.
         world.api.delete(path_of("pods", space, lost), gracePeriodSeconds="0")
         wait_until(lambda: uids(world, space).get(lost) not in (before[lost], None), "the successor")
@@ -122,7 +95,7 @@ def test_an_operator_that_restarts_amid_an_update_updates_one_group_at_a_time(
         sets.update(o["metadata"]["uid"] for o in world.list("statefulsets", space))
 
     restarts = 0
-    with watching(see):
+    with meanwhile(see):
         world.edit(space, engine={"maxRunning": 128})
         while old & {o["metadata"]["uid"] for o in world.list("statefulsets", space)} and restarts < 30:
             count = len(proxy.writes(space))

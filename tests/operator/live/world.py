@@ -9,8 +9,9 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,24 @@ class World:
                         found[plural, o["metadata"]["name"]] = o
         return found
 
+    def play_kubelets(self, *namespaces: str) -> None:
+        """Say again that pods on ready nodes are ready, as kubelets do that were away; simulated ones do not."""
+        ready = {node["metadata"]["name"] for node in self.api.get("/api/v1/nodes")["items"] if _is_ready(node)}
+        for namespace in namespaces:
+            for pod in self.list("pods", namespace):
+                if (
+                    pod["spec"].get("nodeName") in ready
+                    and pod["status"].get("phase") == "Running"
+                    and not _is_ready(pod)
+                ):
+                    conditions = [
+                        {**c, "status": "True"} if c["type"] in ("Ready", "ContainersReady") else c
+                        for c in pod["status"]["conditions"]
+                    ]
+                    with contextlib.suppress(httpx.HTTPStatusError):  # it may be gone by now
+                        path = path_of("pods", namespace, pod["metadata"]["name"])
+                        self.api.patch(f"{path}/status", {"status": {"conditions": conditions}})
+
     # What a user waits for
 
     def wait_ready(self, *namespaces: str, name: str = "llama", timeout: float = 90.0) -> None:
@@ -272,6 +291,31 @@ def differences(first: Snapshot, second: Snapshot) -> str:
         for found in (first, second)
     ]
     return "\n".join(difflib.unified_diff(*texts, lineterm="", n=2))
+
+
+@contextlib.contextmanager
+def meanwhile(see: Callable[[], None], every: float = 0.02) -> Iterator[None]:
+    """`see` is called now and all the time meanwhile; what it raises is raised at the end."""
+    over = threading.Event()
+    raised: list[BaseException] = []
+
+    def watch() -> None:
+        try:
+            while not over.wait(every):
+                see()
+        except BaseException as error:
+            raised.append(error)
+
+    see()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    if raised:
+        raise raised[0]
 
 
 def path_of(plural: str, namespace: str, name: str = "") -> str:
