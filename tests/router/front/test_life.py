@@ -120,12 +120,12 @@ def test_models_come_and_go_without_a_stream_dropped(mock: MockReplica, tmp_path
             assert ask(router.http_port, TEXT, prompt(2, model=name)).status == 200
         for client in clients:
             assert text(client) == text_of(60)
-        names = {
-            labels["model"]
-            for name, labels, _ in parse_metrics(ask(router.http_port, "/metrics").body.decode())
-            if name == "arriero_router_held"
-        }
-        assert names == {"one", "three"}
+
+        def told() -> set[str]:
+            text = ask(router.http_port, "/metrics").body.decode()
+            return {labels["model"] for name, labels, _ in parse_metrics(text) if name == "arriero_router_held"}
+
+        until(lambda: told() == {"one", "three"}, "the one that went is forgotten")
         assert "Traceback" not in router.last_words(), router.last_words()
 
 
