@@ -91,6 +91,9 @@ def controller_manager_command(layout: Layout, credentials: Credentials, program
         f"--service-account-private-key-file={credentials.key('accounts')}",
         f"--cert-dir={layout.home / 'controller-manager'}",
         "--use-service-account-credentials=true",
+        # Its own limits are for clusters with other things to do: dozens of deployments at once take minutes then.
+        "--kube-api-qps=500",
+        "--kube-api-burst=1000",
         "--allocate-node-cidrs=false",  # each node's pod addresses follow from its number
         # Half of the defaults: a test waits for it. With kubelets that renew their lease every 3 s.
         "--node-monitor-period=2s",
@@ -105,5 +108,7 @@ def scheduler_command(layout: Layout, credentials: Credentials, program: Path) -
         f"--kubeconfig={credentials.kubeconfig('system:kube-scheduler')}",
         f"--bind-address={layout.local}",
         f"--cert-dir={layout.home / 'scheduler'}",
+        "--kube-api-qps=500",
+        "--kube-api-burst=1000",
         "--leader-elect=false",
     ]

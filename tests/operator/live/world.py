@@ -237,17 +237,19 @@ class World:
 
     def wait_gone(self, *namespaces: str, timeout: float = 60.0) -> None:
         """Nothing is left of any deployment there."""
-        left: dict[str, list[tuple[str, str]]] = {}
+        for namespace in namespaces:
+            try:
+                wait_until(lambda n=namespace: self._first_child(n) is None, f"empty namespace {namespace}", timeout)
+            except Exception as error:
+                raise AssertionError(f"{error}: {sorted(self.children(namespace))}") from None
 
-        def gone() -> bool:
-            left.clear()
-            left.update({n: sorted(found) for n in namespaces if (found := self.children(n))})
-            return not left
-
-        try:
-            wait_until(gone, "empty namespaces", timeout)
-        except Exception as error:
-            raise AssertionError(f"{error}: {left}") from None
+    def _first_child(self, namespace: str) -> str | None:
+        """Of a kind, in the order in which they go."""
+        for plural in ("pods", "statefulsets", *(plural for plural in KINDS if plural != "llamadeployments")):
+            for o in self.list(plural, namespace):
+                if (o["metadata"].get("labels") or {}).get("serving.arriero.dev/deployment"):
+                    return f"{plural}/{o['metadata']['name']}"
+        return None
 
     def wait_quiet(self, proxy: ApiProxy, seconds: float = 1.0, timeout: float = 60.0) -> None:
         """No write for `seconds`."""
@@ -294,7 +296,7 @@ def differences(first: Snapshot, second: Snapshot) -> str:
 
 
 @contextlib.contextmanager
-def meanwhile(see: Callable[[], None], every: float = 0.02) -> Iterator[None]:
+def meanwhile(see: Callable[[], None], every: float = 0.05) -> Iterator[None]:
     """`see` is called now and all the time meanwhile; what it raises is raised at the end."""
     over = threading.Event()
     raised: list[BaseException] = []
