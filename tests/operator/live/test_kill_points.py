@@ -159,7 +159,7 @@ class Fan:
 
 
 def test_from_every_state_that_a_killed_operator_leaves_its_successor_gets_there(
-    world: World, plain: Plain, proxy: ApiProxy, operators: Start, spaces: Callable[[], str]
+    world: World, plain: Plain, proxy: ApiProxy, operators: Start, spaces: Callable[[], str], campaign: int
 ) -> None:
     began = time.monotonic()
     limits = {spaces(): number for number in range(1, len(plain.apply_writes) + 1)}
@@ -182,8 +182,14 @@ def test_from_every_state_that_a_killed_operator_leaves_its_successor_gets_there
         assert not differences(plain.applied, world.snapshot(space)), f"killed after write {number} of the apply"
     print(f"apply: {applied} kill points, deleted half-made: {len(abandoned)}, {time.monotonic() - began:.1f} s")
 
+    # The chain has been at every point of the update already: every second one here, each with --campaign 2.
+    points = range(1, len(plain.update_writes) + 1, 2 if campaign == 1 else 1)
+    rest = [*limits][len(points) :]
+    for space in rest:
+        world.remove(space)
+    world.wait_gone(*rest)
     operator.kill()
-    limits = dict(zip(limits, range(1, len(plain.update_writes) + 1), strict=False))
+    limits = dict(zip(limits, points, strict=False))
     fan = Fan(limits)
     proxy.fault = fan.fault
     _run(world, operators(config=IMAGE), fan, [*limits], IMAGE["workerImage"])
@@ -207,7 +213,7 @@ def test_from_every_state_that_a_killed_operator_leaves_its_successor_gets_there
     written = sum(len(proxy.writes(space, before)) for space in fan.made)
     print(f"delete: {written} writes of the operator in {len(fan.made)} deletions, {time.monotonic() - began:.1f} s")
     assert applied >= len(plain.apply_writes) - 3
-    assert updated >= len(plain.update_writes) - 3
+    assert updated >= len(points) - 3
 
 
 def _run(world: World, operator: Operator, fan: Fan, spaces: list[str], image: str = "arriero-worker:1") -> None:
