@@ -66,6 +66,7 @@ COMMON: list[tuple[dict[str, Any], str, str | None]] = [
     ({"response_format": {}}, "response_format.type", "missing_field"),
     ({"store": True}, "store", "unsupported_field"),
     ({"service_tier": "flex"}, "service_tier", "unsupported_field"),
+    ({"return_hidden_states": True}, "return_hidden_states", "unsupported_field"),
     ({"guided_json": {}}, "guided_json", "unknown_field"),
 ]
 ONLY_CHAT: list[tuple[dict[str, Any], str, str | None]] = [

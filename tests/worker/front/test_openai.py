@@ -402,6 +402,13 @@ def test_neutral_values_of_unsupported_fields_are_accepted(replica: Replica) -> 
     completion(replica, "a", best_of=1, suffix="")
 
 
+def test_what_other_routers_add_to_requests_is_accepted(replica: Replica) -> None:
+    both = {"no_stop_trim": False, "ignore_eos": False, "skip_special_tokens": True, "return_hidden_states": False}
+    completion(replica, "a", echo=False, **both)
+    thoughts = {"separate_reasoning": True, "stream_reasoning": True, "include_reasoning": True}
+    chat(replica, logprobs=False, continue_final_message=False, **both, **thoughts)
+
+
 def test_tokenize(replica: Replica) -> None:
     body = replica.post("/tokenize", {"model": "tiny", "prompt": "hello 😀", "return_token_strs": True}).json()
     assert body["max_model_len"] == 2048

@@ -48,6 +48,9 @@ class GenerationFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     # Accepted at their neutral values.
     store: Any = None
     service_tier: Any = None
+    # SGLang's, at their neutral values: the routers of SGLang and of vLLM add them to every request.
+    no_stop_trim: Any = None
+    return_hidden_states: Any = None
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -133,6 +136,10 @@ class ChatRequest(GenerationFields, kw_only=True):
     reasoning_effort: Any = None
     verbosity: Any = None
     web_search_options: Any = None
+    # The routers' again.
+    separate_reasoning: Any = None
+    stream_reasoning: Any = None
+    include_reasoning: Any = None
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -162,5 +169,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "web_search_options": (),
+    "no_stop_trim": (False,),
+    "return_hidden_states": (False,),
+    # These models write their reasoning, where they do, into the answer.
+    "separate_reasoning": (False, True),
+    "stream_reasoning": (False, True),
+    "include_reasoning": (False, True),
 }
 """Values, besides null, of fields that are known and not served: they ask for nothing that would be missed."""
