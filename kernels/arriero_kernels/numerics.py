@@ -69,6 +69,28 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def cast(x, dtype: tl.constexpr):
+    """To another float dtype, which holds every value of x or is rounded to as `narrow` does."""
+    if x.dtype == dtype:
+        return x
+    elif INTERPRET:
+        return narrow(widen(x), dtype)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """a @ b (+ acc), of one dtype: int8 to int32, all others to float32; float32 keeps its precision."""
+    if INTERPRET and a.dtype != tl.int8:
+        return tl.dot(widen(a), widen(b), acc, input_precision="ieee")
+    elif a.dtype == tl.int8:
+        return tl.dot(a, b, acc, out_dtype=tl.int32)
+    else:
+        return tl.dot(a, b, acc, input_precision="tf32x3")
+
+
+@triton.jit
 def scale_of(amax, dtype: tl.constexpr):
     """The scale by which values up to `amax` fill `dtype`; of zeros, one that is harmless to divide by."""
     if dtype == tl.int8:
