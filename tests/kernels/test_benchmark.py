@@ -10,7 +10,7 @@ import pytest
 import torch
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu.case import Case, all_cases
-from benchmarks.gpu.cases import copy_blocks, embedding, quantize, rms_norm, rope_kv, swiglu
+from benchmarks.gpu.cases import copy_blocks, embedding, fp8_matmul, quantize, rms_norm, rope_kv, sample, swiglu
 from benchmarks.gpu.measure import Measured, Timing, first_difference
 
 from arriero_kernels.quantization import Scaling
@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     copy_blocks.case(2, 1, (1, 2, 8)),
     embedding.case(5, 20, 16),
+    fp8_matmul.case(3, 32, 64),
+    fp8_matmul.case(3, 256, 128, grouped=True),
     *(
         quantize.case(3, 256, scaling, dtype)
         for scaling in list(Scaling)[1:]
@@ -29,6 +31,8 @@ SMALL = [
     rms_norm.case(3, 64, with_delta=False),
     rope_kv.case(4, 4, 2, 16),
     rope_kv.case(4, 4, 2, 16, kv_dtype=torch.float8_e4m3fn),
+    sample.case(3, 100),
+    sample.case(3, 100, top_k=5, top_p=0.9, min_p=0.1),
     *(swiglu.case(3, 256, scaling) for scaling in Scaling),
 ]
 """Of every operation, at sizes that the interpreter can do."""
