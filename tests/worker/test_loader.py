@@ -36,6 +36,9 @@ class Keeping:
     def pack_table(self, weight_VH: torch.Tensor) -> tuple[torch.Tensor, Any]:
         return weight_VH, None
 
+    def pack_head(self, weight_VH: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        return weight_VH, None
+
     def pack_vector(self, vector: torch.Tensor) -> torch.Tensor:
         return vector
 

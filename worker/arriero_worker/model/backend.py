@@ -3,7 +3,8 @@
 Legend: T tokens, B sequences, R rows that need logits, H hidden size, N and K a linear's outputs and inputs, A heads on
 this rank, D head size.
 
-Activations are torch tensors in `hidden_dtype`, contiguous, on the backend's device. What an operation returns lives in
+Activations are torch tensors in `hidden_dtype`, contiguous, on the backend's device; but what a linear reads (`Input`)
+is made by the operation before it, which is told the linear, and may come quantised. What an operation returns lives in
 the backend's workspace: it holds until the same operation is called again with the same `out` name, so a caller that
 keeps a result copies it. One backend serves one rank; calls come from one thread at a time.
 """
@@ -19,6 +20,12 @@ from arriero_worker.model.forward import ForwardBatch
 
 LinearT = TypeVar("LinearT")
 """A linear's weights as the backend keeps them."""
+
+Input = Any
+"""What `Backend.linear` reads, as the backend likes it: only passed on."""
+
+KvLayer = tuple[torch.Tensor, ...]
+"""A layer's paged keys and values, first these two; how they are laid out, and what may follow, is the backend's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +50,18 @@ class AttentionShape:
 
 @dataclass(frozen=True, slots=True)
 class KvCache:
-    """The rank's paged KV: one (keys, values) pair per layer of its stage. How a pair is laid out is the backend's."""
+    """The rank's paged KV, of each layer of its stage."""
 
-    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    layers: tuple[KvLayer, ...]
     block_size: int
 
     @property
+    def blocks(self) -> int:
+        return self.layers[0][0].shape[0]
+
+    @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for pair in self.layers for t in pair)
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer)
 
 
 class Backend(Protocol[LinearT]):
@@ -70,6 +81,10 @@ class Backend(Protocol[LinearT]):
 
     def pack_table(self, weight_VH: torch.Tensor) -> LinearT:
         """Take over an embedding; a tied head uses it as a linear too."""
+        ...
+
+    def pack_head(self, weight_VH: torch.Tensor) -> LinearT:
+        """Take over a head of its own, which is never quantised."""
         ...
 
     def linear_bytes(self, weight: LinearT) -> int:
@@ -93,9 +108,14 @@ class Backend(Protocol[LinearT]):
         ...
 
     def add_rms_norm(
-        self, residual_TH: torch.Tensor, delta_TH: torch.Tensor | None, weight_H: torch.Tensor, eps: float
-    ) -> torch.Tensor:
-        """[T, H]: residual += delta, in place, then the norm of it."""
+        self,
+        residual_TH: torch.Tensor,
+        delta_TH: torch.Tensor | None,
+        weight_H: torch.Tensor,
+        eps: float,
+        into: LinearT | None = None,
+    ) -> Input:
+        """[T, H]: residual += delta, in place, then the norm of it, for the linear `into` (None: for the head)."""
         ...
 
     def add(self, residual_TH: torch.Tensor, delta_TH: torch.Tensor) -> torch.Tensor:
@@ -106,27 +126,27 @@ class Backend(Protocol[LinearT]):
         """[R, H]: the rows named."""
         ...
 
-    def linear(self, x_TK: torch.Tensor, weight: LinearT, out: str) -> torch.Tensor:
-        """[T, N]: x @ weight.T + bias, accumulated in float32."""
+    def linear(self, x_TK: Input, weight: LinearT, out: str) -> torch.Tensor:
+        """[T, N]: x @ weight.T + bias, accumulated in float32; x was made for this weight."""
         ...
 
-    def rope_and_store(self, qkv: torch.Tensor, layer: tuple[torch.Tensor, torch.Tensor], batch: ForwardBatch) -> None:
+    def rope_and_store(self, qkv: torch.Tensor, layer: KvLayer, batch: ForwardBatch) -> None:
         """qkv [T, (A + 2 * kv heads) * D]: turn queries (in place) and keys by their positions, write keys and values
         to the batch's slots.
         """
         ...
 
-    def attention(
-        self, qkv: torch.Tensor, layer: tuple[torch.Tensor, torch.Tensor], batch: ForwardBatch
-    ) -> torch.Tensor:
-        """[T, A * D]: causal attention of the queries over each sequence's paged KV, scaled by D ** -0.5."""
+    def attention(self, qkv: torch.Tensor, layer: KvLayer, batch: ForwardBatch, into: LinearT | None = None) -> Input:
+        """[T, A * D]: causal attention of the queries over each sequence's paged KV, scaled by D ** -0.5, for the
+        linear `into`.
+        """
         ...
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """[T, I] from [T, 2 * I]: silu(first half) * second half."""
+    def silu_mul(self, gate_up: torch.Tensor, into: LinearT | None = None) -> Input:
+        """[T, I] from [T, 2 * I]: silu(first half) * second half, for the linear `into`."""
         ...
 
-    def logits(self, x_RH: torch.Tensor, head: LinearT) -> torch.Tensor:
+    def logits(self, x_RH: Input, head: LinearT) -> torch.Tensor:
         """float32 [R, V] of this rank's part of the vocabulary."""
         ...
 

@@ -76,13 +76,14 @@ class LlamaStage:
         delta_TH: torch.Tensor | None = None
         eps = self.shape.rms_norm_eps
         for layer, layer_kv in zip(weights.layers, kv.layers, strict=True):
-            x_TH = backend.add_rms_norm(residual_TH, delta_TH, layer.input_norm, eps)
+            x_TH = backend.add_rms_norm(residual_TH, delta_TH, layer.input_norm, eps, layer.qkv)
             qkv = backend.linear(x_TH, layer.qkv, "qkv")
             backend.rope_and_store(qkv, layer_kv, batch)
-            delta_TH = self._sum(backend.linear(backend.attention(qkv, layer_kv, batch), layer.o, "delta"))
-            x_TH = backend.add_rms_norm(residual_TH, delta_TH, layer.post_attention_norm, eps)
+            attended = backend.attention(qkv, layer_kv, batch, layer.o)
+            delta_TH = self._sum(backend.linear(attended, layer.o, "delta"))
+            x_TH = backend.add_rms_norm(residual_TH, delta_TH, layer.post_attention_norm, eps, layer.gate_up)
             gate_up = backend.linear(x_TH, layer.gate_up, "gate_up")
-            delta_TH = self._sum(backend.linear(backend.silu_mul(gate_up), layer.down, "delta"))
+            delta_TH = self._sum(backend.linear(backend.silu_mul(gate_up, layer.down), layer.down, "delta"))
         assert delta_TH is not None, "a stage has a layer"
         if not self.shard.last:
             return backend.add(residual_TH, delta_TH)
@@ -99,9 +100,10 @@ class LlamaStage:
     def _logits(self, batch: ForwardBatch, residual_TH: torch.Tensor, delta_TH: torch.Tensor) -> torch.Tensor:
         backend, weights, rows_R = self.backend, self.weights, batch.logits_rows_R
         assert weights.final_norm is not None
-        residual_RH = backend.rows(residual_TH, rows_R, "last_residual")
-        delta_RH = backend.rows(delta_TH, rows_R, "last_delta")
-        x_RH = backend.add_rms_norm(residual_RH, delta_RH, weights.final_norm, self.shape.rms_norm_eps)
+        if rows_R is not None:
+            residual_TH = backend.rows(residual_TH, rows_R, "last_residual")
+            delta_TH = backend.rows(delta_TH, rows_R, "last_delta")
+        x_RH = backend.add_rms_norm(residual_TH, delta_TH, weights.final_norm, self.shape.rms_norm_eps)
         logits_RV = backend.logits(x_RH, weights.head)
         if self.shard.tensor == 1:
             return logits_RV

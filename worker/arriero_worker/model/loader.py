@@ -84,7 +84,7 @@ def _build(
     if shard.last:
         final_norm = backend.pack_vector(read(TensorSlice(FINAL_NORM, (shape.hidden_size,), 0, 0, shape.hidden_size)))
         tied = shape.tie_word_embeddings and embedding is not None
-        head = embedding if tied else backend.pack_linear(read(shard.head_slice(shape)), None)
+        head = embedding if tied else backend.pack_head(read(shard.head_slice(shape)))
     return StageWeights(layers, embedding, final_norm, head)
 
 

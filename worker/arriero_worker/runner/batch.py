@@ -42,6 +42,8 @@ class Step:
     positions_N: np.ndarray
     """int64, the position of each sampled token in its sequence."""
     prompts: list[PromptRows]
+    decodes: np.ndarray
+    """int64, the slots that decode: theirs are the last tokens of the batch, and the last sampled but for prompts'."""
 
 
 class BatchState:
@@ -186,7 +188,7 @@ class BatchState:
             block_tables_BP=self._tables[:, :width].index_select(0, torch.from_numpy(tables_of)),
             logits_rows_R=torch.from_numpy(rows_R),
         )
-        return Step(plan.step, forward, slots_N, positions_N, prompts)
+        return Step(plan.step, forward, slots_N, positions_N, prompts, decodes)
 
     def _cache_slots(self, slots: np.ndarray | int, positions: np.ndarray, out: np.ndarray) -> None:
         """Where the KV at `positions` of `slots` goes."""

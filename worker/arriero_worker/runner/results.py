@@ -46,8 +46,9 @@ class Logprobs:
     """float32 [L, 1 + K]: log-probabilities of the chosen token and of the K highest."""
 
     @staticmethod
-    def empty(rows: int, top: int) -> Logprobs:
-        return Logprobs(torch.empty(rows, 2 + top, dtype=torch.int64), torch.empty(rows, 1 + top))
+    def empty(rows: int, top: int, device: torch.device | None = None) -> Logprobs:
+        ids = torch.empty(rows, 2 + top, dtype=torch.int64, device=device)
+        return Logprobs(ids, torch.empty(rows, 1 + top, device=device))
 
     @staticmethod
     def joined(parts: Sequence[Logprobs]) -> Logprobs:
@@ -91,12 +92,12 @@ def encode(layout: ResultLayout, tokens_N: np.ndarray, logprobs: Logprobs | None
     return [head] if logprobs is None else [head, logprobs.ids, logprobs.values]
 
 
-def blank(layout: ResultLayout) -> list[torch.Tensor]:
-    """Tensors to receive what `encode` sent for the same layout."""
-    head = torch.empty(1 + len(layout.slots_N), dtype=torch.int64)
+def blank(layout: ResultLayout, device: torch.device | None = None) -> list[torch.Tensor]:
+    """Tensors to receive what `encode` sent for the same layout, on the host unless a device is named."""
+    head = torch.empty(1 + len(layout.slots_N), dtype=torch.int64, device=device)
     if layout.rows == 0:
         return [head]
-    room = Logprobs.empty(layout.rows, layout.top)
+    room = Logprobs.empty(layout.rows, layout.top, device)
     return [head, room.ids, room.values]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from arriero_worker.model.backend import AttentionShape, KvCache
+from arriero_worker.model.backend import AttentionShape, KvCache, KvLayer
 from arriero_worker.model.cpu import attention as attention_
 from arriero_worker.model.cpu import elementwise, linear
 from arriero_worker.model.cpu.compiled import compile_kernel
@@ -103,6 +103,9 @@ class CpuBackend:
     def pack_table(self, weight_VH: torch.Tensor) -> PackedLinear:
         return self._pack_panels(weight_VH, None)
 
+    def pack_head(self, weight_VH: torch.Tensor) -> PackedLinear | OneDnnLinear:
+        return self.pack_linear(weight_VH, None)
+
     def _pack_panels(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear:
         assert weight_NK.dtype == self.dtype
         n, k = weight_NK.shape
@@ -138,6 +141,7 @@ class CpuBackend:
     def begin(self, batch: ForwardBatch, attention: AttentionShape, block_size: int) -> None:
         # Kernels see addresses: another type or stride would be read as garbage.
         for tensor in (batch.tokens_T, batch.positions_T, batch.slots_T, batch.logits_rows_R):
+            assert tensor is not None
             assert tensor.dtype == torch.int64 and tensor.is_contiguous()  # noqa: PT018
         for tensor in (batch.query_starts_B1, batch.context_lengths_B, batch.block_tables_BP):
             assert tensor.dtype == torch.int32 and tensor.stride(-1) == 1  # noqa: PT018
@@ -177,7 +181,12 @@ class CpuBackend:
         return out
 
     def add_rms_norm(
-        self, residual_TH: torch.Tensor, delta_TH: torch.Tensor | None, weight_H: torch.Tensor, eps: float
+        self,
+        residual_TH: torch.Tensor,
+        delta_TH: torch.Tensor | None,
+        weight_H: torch.Tensor,
+        eps: float,
+        into: object = None,
     ) -> torch.Tensor:
         t, h = residual_TH.shape
         out = self._space.take("normed", t, h)
@@ -221,7 +230,7 @@ class CpuBackend:
         )
         return result
 
-    def rope_and_store(self, qkv: torch.Tensor, layer: tuple[torch.Tensor, torch.Tensor], batch: ForwardBatch) -> None:
+    def rope_and_store(self, qkv: torch.Tensor, layer: KvLayer, batch: ForwardBatch) -> None:
         shape = self._attention
         assert shape is not None
         keys, values = layer
@@ -244,9 +253,7 @@ class CpuBackend:
             0,
         )
 
-    def attention(
-        self, qkv: torch.Tensor, layer: tuple[torch.Tensor, torch.Tensor], batch: ForwardBatch
-    ) -> torch.Tensor:
+    def attention(self, qkv: torch.Tensor, layer: KvLayer, batch: ForwardBatch, into: object = None) -> torch.Tensor:
         shape = self._attention
         assert shape is not None
         keys, values = layer
@@ -282,7 +289,7 @@ class CpuBackend:
         )
         return out
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def silu_mul(self, gate_up: torch.Tensor, into: object = None) -> torch.Tensor:
         t, n = len(gate_up), gate_up.shape[1] // 2
         out = self._space.take("activated", t, n)
         self._run("silu", gate_up.data_ptr(), out.data_ptr(), t, n)
