@@ -10,7 +10,18 @@ import pytest
 import torch
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu.case import Case, all_cases
-from benchmarks.gpu.cases import copy_blocks, embedding, fp8_matmul, quantize, rms_norm, rope_kv, sample, swiglu
+from benchmarks.gpu.cases import (
+    copy_blocks,
+    embedding,
+    fp8_matmul,
+    int8_matmul,
+    log_softmax_top,
+    quantize,
+    rms_norm,
+    rope_kv,
+    sample,
+    swiglu,
+)
 from benchmarks.gpu.measure import Measured, Timing, first_difference
 
 from arriero_kernels.quantization import Scaling
@@ -22,6 +33,7 @@ SMALL = [
     embedding.case(5, 20, 16),
     fp8_matmul.case(3, 32, 64),
     fp8_matmul.case(3, 256, 128, grouped=True),
+    int8_matmul.case(3, 32, 64),
     *(
         quantize.case(3, 256, scaling, dtype)
         for scaling in list(Scaling)[1:]
@@ -31,6 +43,7 @@ SMALL = [
     rms_norm.case(3, 64, with_delta=False),
     rope_kv.case(4, 4, 2, 16),
     rope_kv.case(4, 4, 2, 16, kv_dtype=torch.float8_e4m3fn),
+    log_softmax_top.case(3, 100, 4),
     sample.case(3, 100),
     sample.case(3, 100, top_k=5, top_p=0.9, min_p=0.1),
     *(swiglu.case(3, 256, scaling) for scaling in Scaling),
