@@ -26,8 +26,6 @@ def load_local(path: Path) -> LlamaDeployment:
         problem = "spec.replicas is 0: there is nothing to start"
     elif spec.model.source.host_path is None:
         problem = "spec.model.source: on one machine the model must be a directory (hostPath)"
-    elif spec.accelerator.type != "cpu":
-        problem = f"spec.accelerator.type is {spec.accelerator.type}: on one machine set it to cpu"
     if problem:
         raise CommandError(f"{path}: {problem}", EXIT_USAGE)
     return deployment
@@ -47,7 +45,7 @@ def public_ports(http: int, grpc: int) -> tuple[int, int]:
 def local_launches(
     deployment: LlamaDeployment, file: Path, taken: tuple[int, int], directory: Path, cores: int
 ) -> list[Launch]:
-    """One launch for each replica: every pod on the loopback address, on ports of its own.
+    """One launch for each replica: every pod on the loopback address, on ports and, if on GPUs, on devices of its own.
 
     taken: ports that are not free any more
     cores: of this machine, shared out among all ranks
@@ -67,7 +65,13 @@ def local_launches(
                 plan,
                 f"{deployment.metadata.name}-{replica}",
                 [
-                    PodAddress(LOOPBACK, next(ports), next(ports), *((next(ports), next(ports)) if not pod else (0, 0)))
+                    PodAddress(
+                        LOOPBACK,
+                        next(ports),
+                        next(ports),
+                        *((next(ports), next(ports)) if not pod else (0, 0)),
+                        first_device=replica * plan.world + pod * plan.ranks_per_pod,
+                    )
                     for pod in range(plan.pods_per_group)
                 ],
                 model_path=str(model.resolve()),

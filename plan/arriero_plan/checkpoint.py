@@ -24,7 +24,14 @@ class Quantization:
     block: tuple[int, int] | None
     """(rows, columns) that share one scale, for block-scaled fp8."""
     ignore: tuple[str, ...]
-    """Module names left unquantised, as the checkpoint spells them."""
+    """Module names left unquantised, as the checkpoint spells them: names, parts of names, or patterns after `re:`."""
+
+    def ignores(self, module: str) -> bool:
+        """Whether the checkpoint leaves a module, such as model.layers.0.mlp.up_proj, unquantised."""
+        return any(
+            re.match(entry[3:], module) if entry.startswith("re:") else f".{entry}." in f".{module}."
+            for entry in self.ignore
+        )
 
 
 def parse_quantization(read: ConfigReader) -> Quantization | None:

@@ -19,6 +19,7 @@ class PodAddress:
     store_port: int = 29500
     http_port: int = 8000
     grpc_port: int = 9000
+    first_device: int = 0
 
 
 def launch_for(
@@ -60,11 +61,14 @@ def launch_for(
                 store_port=address.store_port,
                 http_port=address.http_port,
                 grpc_port=address.grpc_port,
+                first_device=address.first_device,
             )
             for pod, address in enumerate(addresses)
         ),
         engine=EngineSettings(
             dtype=plan.dtype,
+            weights=plan.weights,
+            kv_dtype=plan.kv_dtype,
             max_context=plan.max_context,
             block_size=plan.block_size,
             kv_blocks=plan.kv_blocks,
@@ -85,17 +89,18 @@ def launch_for(
 
 def check_servable(plan: Plan) -> None:
     """Refuse a plan that is sound on paper but that the engine cannot run. Raises PlanError."""
-    if plan.checkpoint_quantization is not None:
+    if plan.backend == "cpu" and plan.weights != plan.dtype:
+        if plan.checkpoint_quantization is not None:
+            raise PlanError(
+                f"{plan.deployment}: the checkpoint is quantised ({plan.checkpoint_quantization}); "
+                "on a cpu set spec.model.weights to bfloat16 or float32, which it is converted to"
+            )
         raise PlanError(
-            f"{plan.deployment}: the checkpoint is quantised ({plan.checkpoint_quantization}); "
-            "the engine reads float32, float16 and bfloat16 checkpoints"
+            f"{plan.deployment}: spec.model.weights is {plan.weights}; on a cpu the engine runs float32 and bfloat16"
         )
-    if plan.weights != plan.dtype:
+    formats = {plan.dtype} if plan.backend == "cpu" else {plan.dtype, "fp8"}
+    if plan.kv_dtype not in formats:
         raise PlanError(
-            f"{plan.deployment}: spec.model.weights is {plan.weights}; the engine runs float32 and bfloat16"
-        )
-    if plan.kv_dtype != plan.dtype:
-        raise PlanError(
-            f"{plan.deployment}: spec.model.kvCache.dtype is {plan.kv_dtype}; the engine keeps keys and values as it "
-            f"computes, in {plan.dtype}"
+            f"{plan.deployment}: spec.model.kvCache.dtype is {plan.kv_dtype}; with this accelerator the engine keeps "
+            f"keys and values in {' or '.join(sorted(formats))}"
         )

@@ -11,6 +11,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from arriero_plan.memory import KvFormat, WeightFormat
+
 
 class LaunchError(ValueError):
     """A launch file that cannot be used; the message names the field."""
@@ -62,12 +64,17 @@ class Pod(_Frozen):
     http_port: int = Field(default=8000, ge=0, le=65535)
     """Public HTTP on the leader's pod; on every pod /health and /metrics."""
     grpc_port: int = Field(default=9000, ge=0, le=65535)
+    first_device: int = Field(
+        default=0, ge=0, description="its first rank's, counted among the CUDA devices that the pod sees"
+    )
 
 
 class EngineSettings(_Frozen):
     """Limits of the engine, the same on every rank."""
 
     dtype: Literal["float32", "bfloat16"]
+    weights: WeightFormat | None = Field(default=None, description="of the linear layers; null: dtype")
+    kv_dtype: KvFormat | None = Field(default=None, description="of keys and values; null: dtype")
     max_context: int = Field(ge=1)
     block_size: int = Field(default=16, ge=1)
     kv_blocks: int = Field(ge=1)

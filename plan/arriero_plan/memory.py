@@ -8,7 +8,6 @@ embedding is on the first stage (to embed) and on the last (to score), once wher
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -112,9 +111,14 @@ def layer_bytes(shape: ModelShape, tensor: int, precision: Precision, layer: int
         ("mlp.up_proj", inner, hidden),
         ("mlp.down_proj", hidden, inner),
     )
-    ignore = precision.stored.ignore if precision.stored else ()
+    stored = precision.stored
     weights = sum(
-        linear_bytes(rows, columns, precision, quantized=not _ignored(ignore, f"model.layers.{layer}.{name}"))
+        linear_bytes(
+            rows,
+            columns,
+            precision,
+            quantized=stored is None or not stored.ignores(f"model.layers.{layer}.{name}"),
+        )
         for name, rows, columns in linears
     )
     plain = 2 * hidden  # The two norms.
@@ -186,10 +190,3 @@ def count_parameters(shape: ModelShape) -> int:
         layer += 2 * inner + hidden
     tables = 1 if shape.tie_word_embeddings else 2
     return shape.num_layers * layer + tables * shape.vocab_size * hidden + hidden
-
-
-def _ignored(ignore: tuple[str, ...], module: str) -> bool:
-    """Whether a checkpoint leaves a module unquantised: entries are names, parts of names, or patterns after `re:`."""
-    return any(
-        re.match(entry[3:], module) if entry.startswith("re:") else f".{entry}." in f".{module}." for entry in ignore
-    )

@@ -65,3 +65,11 @@ def test_ranks_of_all_replicas_share_the_cores(deployment_file, tmp_path):
         file = deployment_file(spec__replicas=replicas)
         launches = local_launches(load_local(file), file, (0, 0), tmp_path, cores=24)
         assert {launch.engine.threads for launch in launches} == {threads}
+
+
+def test_on_gpus_every_rank_of_this_machine_has_a_device_of_its_own(deployment_file, tmp_path):
+    file = deployment_file(spec__replicas=2, spec__accelerator__type="H100-80GB")
+    launches = local_launches(load_local(file), file, (0, 0), tmp_path, cores=2)
+    assert [launch.backend for launch in launches] == ["cuda", "cuda"]
+    assert [pod.first_device for launch in launches for pod in launch.pods] == [0, 2, 4, 6]
+    assert all(len(pod.ranks) == 2 for launch in launches for pod in launch.pods)

@@ -297,7 +297,6 @@ def test_pods_get_an_explicit_environment(start, deployment_file, tmp_path):
             {"spec__model__source": {"huggingFace": {"repo": "meta-llama/Llama-3.1-8B"}}},
             "spec.model.source: on one machine the model must be a directory (hostPath)",
         ),
-        ({"spec__accelerator__type": "H100-80GB"}, "spec.accelerator.type is H100-80GB: on one machine set it to cpu"),
         ({"spec__replica": 1}, "spec.replica: unknown field; did you mean replicas?"),
     ],
 )

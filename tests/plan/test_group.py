@@ -80,8 +80,12 @@ def test_addresses_must_match_the_pods(deploy, shape):
 @pytest.mark.parametrize(
     ("spec", "changes", "sentence"),
     [
-        ({"model__weights": "fp8"}, {}, "spec.model.weights is fp8; the engine runs float32 and bfloat16"),
-        ({"model__kvCache__dtype": "fp8"}, {}, "spec.model.kvCache.dtype is fp8; the engine keeps keys and values"),
+        ({"model__weights": "fp8"}, {}, "spec.model.weights is fp8; on a cpu the engine runs float32"),
+        (
+            {"model__kvCache__dtype": "fp8"},
+            {},
+            "spec.model.kvCache.dtype is fp8; with this accelerator the engine keeps keys and values in bfloat16",
+        ),
         ({}, {"quantization_config": {"quant_method": "fp8"}}, "the checkpoint is quantised (fp8)"),
     ],
 )
@@ -91,6 +95,25 @@ def test_what_the_engine_does_not_run_is_refused(deploy, shape, spec, changes, s
     with pytest.raises(PlanError) as caught:
         launch(deployment, plan, [PodAddress("a")])
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "fp8", "int8", "int4"])
+def test_a_gpu_runs_every_format(deploy, shape, weights):
+    deployment = deploy(model__weights=weights, model__kvCache__dtype="fp8", model__maxContext=4096)
+    made = launch(deployment, make_plan(deployment, shape("8B")), [PodAddress("a")])
+    assert (made.engine.dtype, made.engine.weights, made.engine.kv_dtype) == ("bfloat16", weights, "fp8")
+
+
+def test_a_gpu_does_not_keep_keys_wider_than_it_computes(deploy, shape):
+    deployment = deploy(model__kvCache__dtype="float32")
+    with pytest.raises(PlanError, match="keeps keys and values in bfloat16 or fp8"):
+        launch(deployment, make_plan(deployment, shape("8B")), [PodAddress("a")])
+
+
+def test_a_quantised_checkpoint_runs_on_a_cpu_where_its_weights_are_asked_for_as_floats(deploy, shape):
+    deployment = deploy(**CPU, model__weights="bfloat16")
+    plan = make_plan(deployment, shape("8B", quantization_config={"quant_method": "fp8"}))
+    assert launch(deployment, plan, [PodAddress("a")]).engine.weights == "bfloat16"
 
 
 def test_the_table(deploy, shape):
