@@ -39,10 +39,11 @@ class Waiter(Protocol):
 class Grant:
     """A request's place on a replica, from the pick until `Dispatcher.release`."""
 
-    __slots__ = ("ask", "began", "matched", "reason", "replica", "uncached", "unworked")
+    __slots__ = ("ask", "began", "matched", "pick", "reason", "replica", "uncached", "unworked")
 
     def __init__(self, ask: Ask, pick: Pick, began: float) -> None:
         self.ask = ask
+        self.pick = pick
         self.replica: Replica = pick.replica
         self.reason = pick.reason
         self.matched = pick.matched
@@ -117,6 +118,11 @@ class Dispatcher:
         if grant.unworked:
             self.pool.first_token(grant.replica, grant.unworked)
             grant.unworked = 0
+
+    def found(self, grant: Grant, cached: int) -> None:
+        """The answer says that the replica had about so many bytes of the prompt in its cache."""
+        if grant.matched:
+            self.policy.found(grant.pick, cached)
 
     def release(self, grant: Grant) -> None:
         """The request left the replica, however it went."""

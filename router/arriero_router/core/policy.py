@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 from arriero_router.core.ask import Ask
 from arriero_router.core.replica import Replica
 
+NEVER = float("-inf")
+
 
 class Pick(NamedTuple):
     replica: Replica
@@ -15,6 +17,8 @@ class Pick(NamedTuple):
     """A stable word for the metric of picks by reason: "prefix", "load", "turn", "session"."""
     matched: int = 0
     """Chunks of the prompt that its cache is believed to hold."""
+    since: float = NEVER
+    """When the last of these was used there before, where this process guesses; NEVER: the replica said so."""
 
 
 class Policy(Protocol):
@@ -26,6 +30,10 @@ class Policy(Protocol):
 
     def sent(self, ask: Ask, pick: Pick) -> None:
         """The request is on its way to the replica."""
+        ...
+
+    def found(self, pick: Pick, cached: int) -> None:
+        """The answer says that the replica had about so many bytes of the prompt in its cache."""
         ...
 
     def gone(self, replica: Replica) -> None:

@@ -5,7 +5,7 @@ A replica's entries are of two kinds:
 - *told*: the replica itself said so (`reset`, then `add` and `remove`). They are exact, and only its word ends them.
 - *expected*: this process sent the prompt there (`expect`). On a watched replica they stand in until its word comes,
   and after `patience` seconds without it they are dropped. On one that nobody watches they are all there is: the most
-  recently used `guesses` of them.
+  recently used `guesses` of them, less what its answers prove wrong (`missed`).
 
 Memory is bounded by `limit` marks, whoever holds them; the least recently used give way, a prompt's last chunks first.
 So the index may know less than there is, and where it was told, never more.
@@ -199,6 +199,26 @@ class PrefixIndex:
                     break
                 del expected[mark]
                 self._clear(mark, life.bit)
+
+    def guessed(self, slot: int, mark: int) -> float:
+        """When a mark that is expected on a replica that nobody watches was last used there; else minus infinity."""
+        life = self._lives.get(slot)
+        return float("-inf") if life is None or life.watched else life.expected.get(mark, float("-inf"))
+
+    def missed(self, slot: int, since: float) -> None:
+        """The replica had evicted a prompt that it was last sent at `since`. A cache evicts what was used least
+        recently: whatever it was not sent since then is gone, too.
+        """
+        life = self._lives.get(slot)
+        if life is None or life.watched:
+            return
+        expected = life.expected
+        while expected:
+            mark = next(iter(expected))
+            if expected[mark] > since:
+                break
+            del expected[mark]
+            self._clear(mark, life.bit)
 
     # Bookkeeping
 

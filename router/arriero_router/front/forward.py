@@ -334,17 +334,18 @@ class Forward:
         if usage is not None:
             details = usage.prompt_tokens_details
             self._record.tokens(
-                usage.prompt_tokens, usage.completion_tokens, details.cached_tokens if details is not None else 0
+                usage.prompt_tokens, usage.completion_tokens, details.cached_tokens if details is not None else None
             )
 
     def _count_stream(self) -> None:
         """What the client has had of a stream, as far as it can be known."""
         record, progress = self._record, self._progress
         if progress.begun and self._fields is not None:
-            record.cached_tokens = progress.cached
-            record.served.metrics.cached_tokens += record.cached_tokens
+            prompt = prompt_estimate(record.ask.size)
+            if progress.cached is not None:
+                record.found(progress.cached, prompt)
             record.completion_tokens = progress.tokens
-            record.used = prompt_estimate(record.ask.size) + record.completion_tokens
+            record.used = prompt + record.completion_tokens
 
     def _give_up(self, outcome: Outcome) -> HttpError | None:
         """No further attempt is made. Returns what the client is to be told if it has not been."""

@@ -60,11 +60,21 @@ class Record:
             added = time.monotonic() - self.began - self.journey.held_seconds
             self.served.metrics.added.observe(max(0.0, added))
 
-    def tokens(self, prompt: int, completion: int, cached: int) -> None:
-        """The usage that the replica told."""
-        self.prompt_tokens, self.completion_tokens, self.cached_tokens = prompt, completion, cached
+    def tokens(self, prompt: int, completion: int, cached: int | None) -> None:
+        """The usage that the replica told; some do not tell what they had cached."""
+        self.prompt_tokens, self.completion_tokens = prompt, completion
         self.used = prompt + completion
+        if cached is not None:
+            self.found(cached, prompt)
+
+    def found(self, cached: int, prompt: int) -> None:
+        """The replica told that it had the first `cached` of `prompt` tokens in its cache."""
+        self.cached_tokens = cached
         self.served.metrics.cached_tokens += cached
+        journey = self.journey
+        # What is told of a resumed answer is what its first replica had.
+        if journey.grant is not None and prompt > 0 and journey.attempts.made == 1:
+            self.served.dispatcher.found(journey.grant, self.ask.size * cached // prompt)
 
     def fields(self) -> dict[str, object]:
         """As the access log shows it."""

@@ -97,7 +97,8 @@ class Progress:
     def __init__(self, given: dict[str, str]) -> None:
         self.steps = 0
         """Grows with everything that was passed on."""
-        self.cached = 0
+        self.cached: int | None = None
+        """Tokens of the prompt that the replica had cached; None: it did not say."""
         """Prompt tokens that the first replica found in its cache, as far as told."""
         self._given = given
         """Resume headers of the client's own: it continues what it had from elsewhere."""

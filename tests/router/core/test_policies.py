@@ -230,6 +230,36 @@ def test_prefix_knows_what_it_sent_before_the_replica_says_so() -> None:
     assert choose(chooser, ask([1, 2, 3]), replicas).matched == 0
 
 
+def test_prefix_believes_an_answer_that_found_less_cached_than_was_thought() -> None:
+    """What was sent there before the evicted prompt was evicted, too; what was sent since then need not be."""
+    chooser = policy("prefix")
+    only = [replica(0)]
+
+    def send(chunks: list[int], now: float) -> Pick:
+        pick = chooser.pick(ask(chunks), only, [1.0], now)
+        chooser.sent(ask(chunks), pick)
+        return pick
+
+    for now, chunks in enumerate(([1, 2], [3, 4], [5, 6])):
+        assert send(chunks, float(now)).matched == 0
+    pick = send([3, 4], 3.0)
+    assert pick.matched == 2
+    chooser.found(pick, CHUNK)  # half of it: rounding
+    assert choose(chooser, ask([1, 2]), only).matched == 2
+    chooser.found(pick, 16)
+    assert [choose(chooser, ask(chunks), only).matched for chunks in ([1, 2], [3, 4], [5, 6])] == [0, 2, 2]
+
+
+def test_prefix_believes_what_a_watched_replica_says_itself() -> None:
+    index = PrefixIndex()
+    index.reset(0, [1, 2, 3, 4])
+    chooser = policy("prefix", index=index)
+    pick = choose(chooser, ask([1, 2]), [replica(0)])
+    chooser.sent(ask([1, 2]), pick)
+    chooser.found(pick, 0)
+    assert index.match([1, 2, 3, 4]) == {0: 4}
+
+
 def test_prefix_takes_the_fewest_requests_of_those_that_cost_alike() -> None:
     one, two = replica(0, in_flight=2, others=0), replica(1, in_flight=0, others=2)
     assert {choose(policy("prefix", seed), ask(), [one, two]).replica.slot for seed in range(20)} == {1}

@@ -78,6 +78,10 @@ class Naive:
         for mark in list(expected)[: max(0, len(expected) - self.guesses)]:
             del expected[mark]
 
+    def missed(self, slot: int, since: float) -> None:
+        if slot not in self.watched and slot in self.expected:
+            self.expected[slot] = {m: at for m, at in self.expected[slot].items() if at > since}
+
     def age(self, now: float) -> None:
         self.aged = now
         for slot in self.watched:
@@ -132,6 +136,16 @@ class Traces(RuleBasedStateMachine):
         self.now += passed
         self.index.expect(slot, marks, self.now)
         self.naive.expect(slot, marks, self.now)
+
+    @rule(slot=SLOTS, n=st.integers(1, 14))
+    def missed(self, slot: int, n: int) -> None:
+        since = self.index.guessed(slot, n << 40 | n)
+        unwatched = slot not in self.naive.watched
+        assert since == (
+            self.naive.expected.get(slot, {}).get(n << 40 | n, float("-inf")) if unwatched else float("-inf")
+        )
+        self.index.missed(slot, since)
+        self.naive.missed(slot, since)
 
     @rule(passed=st.sampled_from([0.25, 1.0, 5.0]))
     def age(self, passed: float) -> None:

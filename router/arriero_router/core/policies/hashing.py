@@ -46,5 +46,8 @@ class Hashing:
     def sent(self, ask: Ask, pick: Pick) -> None:
         pass
 
+    def found(self, pick: Pick, cached: int) -> None:
+        pass
+
     def gone(self, replica: Replica) -> None:
         pass

@@ -39,5 +39,8 @@ class LeastLoad:
     def sent(self, ask: Ask, pick: Pick) -> None:
         pass
 
+    def found(self, pick: Pick, cached: int) -> None:
+        pass
+
     def gone(self, replica: Replica) -> None:
         pass

@@ -28,5 +28,8 @@ class PowerOfTwo:
     def sent(self, ask: Ask, pick: Pick) -> None:
         pass
 
+    def found(self, pick: Pick, cached: int) -> None:
+        pass
+
     def gone(self, replica: Replica) -> None:
         pass

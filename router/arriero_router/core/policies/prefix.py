@@ -7,7 +7,7 @@ from random import Random
 
 from arriero_faces.prefix import CHUNK
 from arriero_router.core.ask import Ask
-from arriero_router.core.policy import Pick
+from arriero_router.core.policy import NEVER, Pick
 from arriero_router.core.prefix_index import PrefixIndex
 from arriero_router.core.replica import Replica
 
@@ -69,11 +69,18 @@ class Prefix:
             else:
                 ties = 1
             best, best_matched, least = replica, matched, cost
-        return Pick(best, "prefix" if best_matched else "load", best_matched)
+        if not best_matched:
+            return Pick(best, "load")
+        return Pick(best, "prefix", best_matched, self._index.guessed(best.slot, ask.marks[best_matched - 1]))
 
     def sent(self, ask: Ask, pick: Pick) -> None:
         if ask.marks:
             self._index.expect(pick.replica.slot, ask.marks, self._now)
+
+    def found(self, pick: Pick, cached: int) -> None:
+        # Half: bytes are not tokens. Less than that is no rounding, but a prefix that had been evicted.
+        if pick.since != NEVER and 2 * cached < pick.matched * CHUNK:
+            self._index.missed(pick.replica.slot, pick.since)
 
     def gone(self, replica: Replica) -> None:
         self._index.forget(replica.slot)

@@ -40,5 +40,8 @@ class RoundRobin:
     def sent(self, ask: Ask, pick: Pick) -> None:
         pass
 
+    def found(self, pick: Pick, cached: int) -> None:
+        pass
+
     def gone(self, replica: Replica) -> None:
         self._paid.pop(replica.name, None)
