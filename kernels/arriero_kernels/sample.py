@@ -12,14 +12,15 @@ to one key (depth's bits, id), the last one kept.
 from __future__ import annotations
 
 import math
-import struct
 
 import torch
 import triton
 import triton.language as tl
 
 from arriero_kernels.checks import FLOATS, INDICES, expect, expect_2d
+from arriero_kernels.gumbel import HIGHEST_GUMBEL, LN2, float32, gumbel, words
 from arriero_kernels.numerics import widen
+from arriero_kernels.ordering import NOTHING, packed, score_of, token_of
 from arriero_kernels.tuning import Tuning
 
 LARGEST_VOCABULARY = 1 << 18
@@ -27,15 +28,8 @@ LARGEST_VOCABULARY = 1 << 18
 
 _INFINITY = tl.constexpr(0x7F800000)
 _LARGEST = tl.constexpr((1 << 63) - 1)
-_NOTHING = tl.constexpr(-(1 << 63))
-_LOG2E = tl.constexpr(1.44269502162933349609375)  # float32's
-_LN2 = tl.constexpr(0.693147182464599609375)
-_E3, _E5, _E6 = (tl.constexpr(struct.unpack("f", struct.pack("f", 1 / math.factorial(n)))[0]) for n in (3, 5, 6))
-_E4 = tl.constexpr(struct.unpack("f", struct.pack("f", 1 / 24))[0])
-_C1, _C2, _C3, _C4, _C5, _C6, _C7 = (
-    tl.constexpr(struct.unpack("f", struct.pack("f", 1 / (2 * n + 1)))[0]) for n in range(1, 8)
-)
-_HIGHEST_GUMBEL = tl.constexpr(22.88)
+_LOG2E = tl.constexpr(float32(math.log2(math.e)))
+_E3, _E4, _E5, _E6 = (tl.constexpr(float32(1 / math.factorial(n))) for n in (3, 4, 5, 6))
 _FIRST_BOUND = tl.constexpr(0x3E800000)  # a depth of 1/4; the other bounds follow by half octaves
 _HALF_OCTAVE = tl.constexpr(0x400000)
 _BOUNDS = 16
@@ -54,58 +48,9 @@ def _weight(depth):
     """e^-depth * 2^44, a whole number."""
     t = tl.minimum(depth * _LOG2E, 126.0)
     n = (t + 0.5).to(tl.int32)
-    y = (n.to(tl.float32) - t) * _LN2
+    y = (n.to(tl.float32) - t) * LN2
     power = ((171 - n) << 23).to(tl.float32, bitcast=True)
     return ((1.0 + y * (1.0 + y * (0.5 + y * (_E3 + y * (_E4 + y * (_E5 + y * _E6)))))) * power).to(tl.int64)
-
-
-@triton.jit
-def _twice_atanh(t):
-    s = t * t
-    return (t + t) * (1.0 + s * (_C1 + s * (_C2 + s * (_C3 + s * (_C4 + s * (_C5 + s * (_C6 + s * _C7)))))))
-
-
-@triton.jit
-def _mantissa(x):
-    """x = m * 2^k with 0.5 <= m < 1, for x > 0 and normal."""
-    bits = x.to(tl.int32, bitcast=True)
-    return ((bits & 0x7FFFFF) | 0x3F000000).to(tl.float32, bitcast=True), ((bits >> 23) - 126).to(tl.float32)
-
-
-@triton.jit
-def _gumbel(x):
-    """The Gumbel number of a random word (uint32)."""
-    small = x < 0x80000000
-    w = (tl.where(small, x, 0xFFFFFFFF - x).to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    m, k = _mantissa(w)
-    a = _twice_atanh(tl.div_rn(tl.where(small, w, 1.0 - m), tl.where(small, 2.0 - w, 1.0 + m)))
-    m, k = _mantissa(tl.where(small, a, -k * _LN2 + a))
-    return _twice_atanh(tl.div_rn(1.0 - m, 1.0 + m)) - k * _LN2
-
-
-@triton.jit
-def _words(first, seed, position, BLOCK: tl.constexpr):
-    """The random words of the tokens [first, first + BLOCK); `first` a multiple of 4."""
-    counter = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
-    zero = tl.zeros((BLOCK // 4,), tl.uint32)
-    low = zero + (position & 0xFFFFFFFF).to(tl.uint32)
-    high = zero + ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, counter, zero, low, high)
-    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-
-
-@triton.jit
-def _packed(score, token):
-    """int64, ordered by score, and by falling token where scores are equal; what is not a number comes highest."""
-    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
-    ordered = tl.where(score == score, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
-    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
-
-
-@triton.jit
-def _score_of(packed):
-    ordered = (packed >> 32).to(tl.int32)
-    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -333,22 +278,22 @@ def _choose_kernel(
         threshold = tl.load(thresholds + row)
     greedy = temperature <= 0
     temperature = tl.where(greedy, 1.0, temperature)
-    found = tl.full((), _NOTHING, tl.int64)
+    found = tl.full((), NOTHING, tl.int64)
     for first in range(split * CHUNK, min((split + 1) * CHUNK, V), BLOCK):
         token = first + tl.arange(0, BLOCK)
         present = token < V
         x = widen(tl.load(logits + row * V + token, mask=present, other=float("-inf")))
         if greedy:
-            found = tl.maximum(found, tl.max(tl.where(present, _packed(x, token), _NOTHING), 0))
+            found = tl.maximum(found, tl.max(tl.where(present, packed(x, token), NOTHING), 0))
         else:
             depth = _depth(x, top, temperature)
             key = (depth.to(tl.int32, bitcast=True).to(tl.int64) << SHIFT) | token
             kept = present & (key <= threshold) & (depth <= limit) & (depth < float("inf"))
-            reach = tl.where(kept, -depth, float("-inf")) + _HIGHEST_GUMBEL
+            reach = tl.where(kept, -depth, float("-inf")) + HIGHEST_GUMBEL
             # Most tiles hold no token that any number could lift to the best score seen so far.
-            if (tl.max(kept.to(tl.int32), 0) > 0) & ((found == _NOTHING) | (tl.max(reach, 0) >= _score_of(found))):
-                score = _gumbel(_words(first, seed, position, BLOCK)) - tl.where(kept, depth, 0.0)
-                found = tl.maximum(found, tl.max(tl.where(kept, _packed(score, token), _NOTHING), 0))
+            if (tl.max(kept.to(tl.int32), 0) > 0) & ((found == NOTHING) | (tl.max(reach, 0) >= score_of(found))):
+                score = gumbel(words(first, seed, position, BLOCK)) - tl.where(kept, depth, 0.0)
+                found = tl.maximum(found, tl.max(tl.where(kept, packed(score, token), NOTHING), 0))
     tl.store(best + row * SPLITS + split, found)
 
 
@@ -357,7 +302,7 @@ def _take_kernel(best, out, SPLITS: tl.constexpr):
     """The token of the best score; 0 where none was left."""
     row = tl.program_id(0).to(tl.int64)
     found = tl.max(tl.load(best + row * SPLITS + tl.arange(0, SPLITS)), 0)
-    tl.store(out + row, tl.where(found == _NOTHING, 0, 0x7FFFFFFF - (found & 0xFFFFFFFF)))
+    tl.store(out + row, tl.where(found == NOTHING, 0, token_of(found)))
 
 
 def deepest(min_p: float) -> float:
@@ -449,5 +394,5 @@ def sample(
         logits_NV, highest, thresholds, positions_N, temperatures_S, deepest_S, seeds_S, slots_N, best,
         FILTERED=filtered, CHUNK=chunk, **by_slot, **parameters,
     )  # fmt: skip
-    _take_kernel[(n,)](best, out_N, SPLITS=splits, num_warps=1)
+    _take_kernel[(n,)](best, out_N, SPLITS=splits, num_warps=1, enable_fp_fusion=False)
     return out_N
