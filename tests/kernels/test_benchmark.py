@@ -16,6 +16,7 @@ from benchmarks.gpu.cases import (
     fp8_matmul,
     int8_matmul,
     log_softmax_top,
+    paged_attention,
     quantize,
     rms_norm,
     rope_kv,
@@ -34,6 +35,8 @@ SMALL = [
     fp8_matmul.case(3, 32, 64),
     fp8_matmul.case(3, 256, 128, grouped=True),
     int8_matmul.case(3, 32, 64),
+    paged_attention.case([(1, 3, 3), (2, 1, 9), (1, 2, 20)], 4, 2, 16, slots=16),
+    paged_attention.case([(2, 4, 4), (1, 3, 20)], 4, 2, 16, torch.float8_e4m3fn, slots=16, window=5),
     *(
         quantize.case(3, 256, scaling, dtype)
         for scaling in list(Scaling)[1:]
