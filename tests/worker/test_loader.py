@@ -30,7 +30,9 @@ class Keeping:
     dtype = torch.float32
     hidden_dtype = torch.float32
 
-    def pack_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
+    def pack_linear(
+        self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, as_it_is: bool = False
+    ) -> tuple[torch.Tensor, Any]:
         return weight_NK, bias_N
 
     def pack_table(self, weight_VH: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -231,10 +233,10 @@ def test_a_config_of_another_architecture(broken: Path) -> None:
         read_shape(broken)
 
 
-def test_a_quantized_checkpoint(broken: Path) -> None:
+def test_a_checkpoint_that_is_not_quantised_as_it_says(broken: Path) -> None:
     edit_json(broken / "config.json", lambda c: c.update(quantization_config={"quant_method": "fp8"}))
-    with pytest.raises(CheckpointError, match=r"config\.json: quantization_config is set"):
-        read_shape(broken)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor .*q_proj\.weight_scale is missing"):
+        load(broken)
 
 
 def test_a_missing_tensor(broken: Path) -> None:

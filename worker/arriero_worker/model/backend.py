@@ -17,6 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from arriero_worker.model.forward import ForwardBatch
+from arriero_worker.model.quantized import QuantizedWeight
 
 LinearT = TypeVar("LinearT")
 """A linear's weights as the backend keeps them."""
@@ -75,8 +76,16 @@ class Backend(Protocol[LinearT]):
         """Of activations, and so of what crosses ranks and stages. The same on every machine of a group."""
         ...
 
-    def pack_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> LinearT:
-        """Take over a weight, in `dtype`, and a bias; the given tensors may be dropped afterwards."""
+    def pack_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, as_it_is: bool = False) -> LinearT:
+        """Take over a weight, in `dtype`, and a bias; the given tensors may be dropped afterwards. `as_it_is`: not
+        quantised, even where the backend does that with others.
+        """
+        ...
+
+    def pack_quantized(self, weight: QuantizedWeight, bias_N: torch.Tensor | None) -> LinearT:
+        """Take over a weight that the checkpoint has quantised, as it is or converted to `dtype`. Raises ValueError for
+        a format that the backend does not multiply.
+        """
         ...
 
     def pack_table(self, weight_VH: torch.Tensor) -> LinearT:

@@ -15,13 +15,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from arriero_plan.model import ModelShape
-from arriero_worker.model.shard import TensorSlice
+from arriero_worker.model.shard import FLOATS, TensorSlice
+
+__all__ = ["FLOATS", "Checkpoint", "CheckpointError", "quantization_config", "read_shape", "weights_digest"]
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_DTYPES = {"F32": 4, "BF16": 2, "F16": 2}
+_SIZES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I8": 1, "I32": 4}
 _SAMPLE = 256
 _HEADER_LIMIT = 100_000_000  # safetensors' own limit
 
@@ -33,10 +35,12 @@ class CheckpointError(ValueError):
 def read_shape(directory: Path) -> ModelShape:
     """The model's shape from config.json. Raises CheckpointError, or ModelError for what the engine does not run."""
     path = directory / CONFIG
-    shape = ModelShape.from_config(_read_json(path), str(path))
-    if shape.quantization is not None:
-        raise CheckpointError(f"{path}: quantization_config is set: quantized weights are not supported")
-    return shape
+    return ModelShape.from_config(_read_json(path), str(path))
+
+
+def quantization_config(directory: Path) -> Mapping[str, Any]:
+    """`quantization_config` of a config.json that `read_shape` has accepted; empty where there is none."""
+    return _read_json(directory / CONFIG).get("quantization_config") or {}
 
 
 class Checkpoint:
@@ -46,7 +50,7 @@ class Checkpoint:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self.directory = self._directory = directory
         self._files: dict[Path, Any] = {}
         self._index = _read_index(directory)
 
@@ -59,8 +63,10 @@ class Checkpoint:
         safetensors gives one, which stays valid after `close`.
         """
         path, handle = self._check(part)
-        start, stop = part.stored
         try:
+            if not part.shape:
+                return handle.get_tensor(part.name)  # type: ignore[no-any-return]
+            start, stop = part.stored
             data = handle.get_slice(part.name)
             tensor: torch.Tensor = data[start:stop] if part.dim == 0 else data[:, start:stop]
         except (SafetensorError, OSError) as error:
@@ -70,7 +76,21 @@ class Checkpoint:
     def stored_bytes(self, part: TensorSlice) -> int:
         """What `read` would copy, after the same checks."""
         _, handle = self._check(part)
-        return part.stored_elements * _DTYPES[handle.get_slice(part.name).get_dtype()]
+        return part.stored_elements * _SIZES[handle.get_slice(part.name).get_dtype()]
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+        if self._index is not None:
+            return name in self._index
+        return name in self._open(self._directory / SINGLE).keys()  # noqa: SIM118 - no mapping
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a whole tensor."""
+        path = self._path_of(name)
+        try:
+            return tuple(self._open(path).get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: tensor {name} is missing") from error
 
     def _check(self, part: TensorSlice) -> tuple[Path, Any]:
         path = self._path_of(part.name)
@@ -85,8 +105,12 @@ class Checkpoint:
                 f"{path}: tensor {part.name} has shape {list(found)}, config.json asks for {list(part.shape)}"
             )
         dtype = data.get_dtype()
-        if dtype not in _DTYPES:
-            raise CheckpointError(f"{path}: tensor {part.name} has dtype {dtype}, expected one of {', '.join(_DTYPES)}")
+        if dtype not in part.dtypes:
+            expected = [known for known in _SIZES if known in part.dtypes]
+            raise CheckpointError(
+                f"{path}: tensor {part.name} has dtype {dtype}, expected {'one of ' * (len(expected) > 1)}"
+                f"{', '.join(expected)}"
+            )
         return path, handle
 
     def _path_of(self, name: str) -> Path:

@@ -17,6 +17,9 @@ EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 
+FLOATS = frozenset({"F32", "BF16", "F16"})
+"""What safetensors calls the dtypes of weights that are not quantised."""
+
 
 class ShardError(ValueError):
     """A model that cannot be split as asked; the message names the number that does not divide."""
@@ -35,10 +38,14 @@ class TensorSlice:
     dim: int
     start: int
     stop: int
+    dtypes: frozenset[str] = FLOATS
+    """As which of safetensors' dtypes it may be stored."""
 
     @property
     def local_shape(self) -> tuple[int, ...]:
         """Of the part, its zeros included."""
+        if not self.shape:
+            return ()
         sizes = list(self.shape)
         sizes[self.dim] = self.stop - self.start
         return tuple(sizes)
@@ -51,6 +58,8 @@ class TensorSlice:
 
     @property
     def stored_elements(self) -> int:
+        if not self.shape:
+            return 1
         start, stop = self.stored
         count = stop - start
         for dim, size in enumerate(self.shape):
@@ -158,6 +167,11 @@ class Shard:
         add_linear("mlp.up_proj", shape.intermediate_size, hidden, 0, mlp, shape.mlp_bias)
         add_linear("mlp.down_proj", hidden, shape.intermediate_size, 1, mlp, shape.mlp_bias)
         return slices
+
+    def linear_slices(self, shape: ModelShape) -> Iterator[TensorSlice]:
+        """The weights of the layers' linears."""
+        for layer in range(self.first_layer, self.end_layer):
+            yield from (part for part in self.layer_slices(shape, layer).values() if part.name.endswith("_proj.weight"))
 
     def slices(self, shape: ModelShape) -> Iterator[TensorSlice]:
         """All that this rank reads, each once."""

@@ -20,6 +20,7 @@ from arriero_worker.model.cpu.onednn import usable as matrix_units
 from arriero_worker.model.cpu.pool import BRIEF_SPIN, SPIN, Pool
 from arriero_worker.model.cpu.tiles import BFLOAT16, FLOAT32, PAIRED, PANEL, tile_tables
 from arriero_worker.model.forward import ForwardBatch
+from arriero_worker.model.quantized import QuantizedWeight
 
 _Kernel = tuple[int, struct.Struct]
 _KERNELS: dict[str, tuple[Callable[..., Any], struct.Struct]] = {
@@ -95,10 +96,15 @@ class CpuBackend:
 
     # -- weights and cache
 
-    def pack_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear | OneDnnLinear:
+    def pack_linear(
+        self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, as_it_is: bool = True
+    ) -> PackedLinear | OneDnnLinear:
         if self._one_dnn:
             return OneDnnLinear.pack(weight_NK, bias_N)
         return self._pack_panels(weight_NK, bias_N)
+
+    def pack_quantized(self, weight: QuantizedWeight, bias_N: torch.Tensor | None) -> PackedLinear | OneDnnLinear:
+        return self.pack_linear(weight.dequantized().to(self.dtype), bias_N)
 
     def pack_table(self, weight_VH: torch.Tensor) -> PackedLinear:
         return self._pack_panels(weight_VH, None)
