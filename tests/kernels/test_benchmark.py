@@ -11,6 +11,7 @@ import torch
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu.case import Case, all_cases
 from benchmarks.gpu.cases import (
+    all_reduce_rms_norm,
     copy_blocks,
     embedding,
     fp8_matmul,
@@ -30,6 +31,8 @@ from arriero_kernels.quantization import Scaling
 ROOT = Path(__file__).resolve().parents[2]
 
 SMALL = [
+    all_reduce_rms_norm.case(1, 3, 64),
+    all_reduce_rms_norm.case(1, 3, 256, Scaling.TOKEN),
     copy_blocks.case(2, 1, (1, 2, 8)),
     embedding.case(5, 20, 16),
     fp8_matmul.case(3, 32, 64),
