@@ -122,8 +122,6 @@ def expect_queries(queries: torch.Tensor, heads_of: int, d: int) -> tuple[int, i
     if queries.dim() != 3:
         raise ValueError(f"queries has shape {list(queries.shape)}, expected [tokens, query heads, head size]")
     rows, heads, size = queries.shape
-    if queries.dtype not in FLOATS:
-        raise ValueError(f"queries is {queries.dtype}, expected one of {', '.join(map(str, FLOATS))}")
     if size != d or heads < heads_of or heads % heads_of:
         raise ValueError(
             f"queries has {heads} heads of size {size}, expected a whole multiple of the {heads_of} KV heads, "
@@ -142,6 +140,8 @@ def expect_cache(
     queries: torch.Tensor,
 ) -> tuple[int, int, int]:
     """(KV heads, slots, head size) of a cache that queries attend to. Raises ValueError."""
+    if queries.dtype not in FLOATS:
+        raise ValueError(f"queries is {queries.dtype}, expected one of {', '.join(map(str, FLOATS))}")
     if keys.dim() != 4:
         raise ValueError(f"keys has shape {list(keys.shape)}, expected [blocks, KV heads, slots, head size]")
     blocks, kv_heads, slots, d = keys.shape

@@ -13,6 +13,7 @@ from benchmarks.gpu.case import Case, all_cases
 from benchmarks.gpu.cases import (
     all_reduce_rms_norm,
     copy_blocks,
+    decode_attention,
     embedding,
     fp8_matmul,
     int8_matmul,
@@ -40,6 +41,8 @@ SMALL = [
     int8_matmul.case(3, 32, 64),
     paged_attention.case([(1, 3, 3), (2, 1, 9), (1, 2, 20)], 4, 2, 16, slots=16),
     paged_attention.case([(2, 4, 4), (1, 3, 20)], 4, 2, 16, torch.float8_e4m3fn, slots=16, window=5),
+    decode_attention.case(2, 20, 4, 2, 16, slots=16),
+    decode_attention.case(1, 40, 4, 2, 16, torch.float8_e4m3fn, slots=16, tokens=2),
     *(
         quantize.case(3, 256, scaling, dtype)
         for scaling in list(Scaling)[1:]
