@@ -33,7 +33,7 @@ log = logging.getLogger("arriero.operator")
 _GATHER_SECONDS = 0.02
 """Changes come in swarms: a StatefulSet's pods, a node's. Rounds are at least so far apart."""
 _ROUND_SECONDS = 0.1
-"""How long a round decides; then the writes, and whatever else the loop has to do, come first."""
+"""How long a round decides once it has placed; then the writes, and whatever else the loop has to do, come first."""
 _RESYNC_SECONDS = 60.0
 """Each deployment is looked at so often, whatever has been heard."""
 _RETRY = (0.2, 30.0)
@@ -107,13 +107,14 @@ class Rounds:
         """
         if len(self._busy) >= self._writers:
             return  # the end of any of them wakes
-        begun = time.monotonic()
         verdicts, placed = self._verdicts()
+        begun = time.monotonic()
         due = [key for key in {**placed, **self._dirty} if key not in self._busy]
-        for key in due:
+        for count, key in enumerate(due):
             if len(self._busy) >= self._writers:
                 return
-            if time.monotonic() - begun > _ROUND_SECONDS:
+            # At least one: a round that decided nothing, for want of time, would be followed by others like it.
+            if count and time.monotonic() - begun > _ROUND_SECONDS:
                 self._wake.set()
                 return
             self._dirty.pop(key, None)
