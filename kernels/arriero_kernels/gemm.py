@@ -41,7 +41,7 @@ def tile_at(i, t_tiles, n_tiles, GROUP_T: tl.constexpr):
 
 
 @triton.jit
-def _finish(
+def finish(
     acc, t0, n0, t, n, x_scales, weight_scales, bias, x_stride, weight_stride, GROUPED: tl.constexpr, BIAS: tl.constexpr
 ):
     """Scales and bias of a tile's float32 sums, or of their columns from n0 on."""
@@ -57,7 +57,8 @@ def _finish(
 
 
 @triton.jit
-def _store(y, out, t0, n0, t, n, TMA_STORE: tl.constexpr):
+def store(y, out, t0, n0, t, n, TMA_STORE: tl.constexpr):
+    """A tile of float32, rounded, to a descriptor or a contiguous matrix."""
     if TMA_STORE:
         out.store([t0, n0], narrow(y, out.dtype))
     else:
@@ -65,6 +66,15 @@ def _store(y, out, t0, n0, t, n, TMA_STORE: tl.constexpr):
         column = n0 + tl.arange(0, y.shape[1])
         place = out + row.to(tl.int64)[:, None] * n + column[None, :]
         tl.store(place, narrow(y, out.dtype.element_ty), mask=(row < t)[:, None] & (column < n)[None, :])
+
+
+@triton.jit
+def store_part(acc, out, split, t0, n0, t, n):
+    """A tile's sums over one part of K, to out [S, T, N] of their dtype."""
+    row = t0 + tl.arange(0, acc.shape[0])
+    column = n0 + tl.arange(0, acc.shape[1])
+    place = out + (split.to(tl.int64) * t + row)[:, None] * n + column[None, :]
+    tl.store(place, acc, mask=(row < t)[:, None] & (column < n)[None, :])
 
 
 @triton.jit(do_not_specialize=["t", "x_stride", "weight_stride", "splits"])
@@ -124,21 +134,18 @@ def _scaled_matmul_kernel(
         if SWAP:
             acc = acc.T
         if SPLIT:
-            row = t0 + tl.arange(0, BLOCK_T)
-            column = n0 + tl.arange(0, BLOCK_N)
-            place = out + ((item % splits).to(tl.int64) * t + row)[:, None] * n + column[None, :]
-            tl.store(place, acc, mask=(row < t)[:, None] & (column < n)[None, :])
+            store_part(acc, out, item % splits, t0, n0, t, n)
         elif HALVES == 2:
             # Half a tile at a time takes half the shared memory on its way out, which is another stage on the way in.
             left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_T, 2, BLOCK_N // 2)), (0, 2, 1)))
             n1 = n0 + BLOCK_N // 2
-            y = _finish(left, t0, n0, t, n, x_scales, weight_scales, bias, x_stride, weight_stride, GROUPED, BIAS)
-            _store(y, out, t0, n0, t, n, TMA_STORE)
-            y = _finish(right, t0, n1, t, n, x_scales, weight_scales, bias, x_stride, weight_stride, GROUPED, BIAS)
-            _store(y, out, t0, n1, t, n, TMA_STORE)
+            y = finish(left, t0, n0, t, n, x_scales, weight_scales, bias, x_stride, weight_stride, GROUPED, BIAS)
+            store(y, out, t0, n0, t, n, TMA_STORE)
+            y = finish(right, t0, n1, t, n, x_scales, weight_scales, bias, x_stride, weight_stride, GROUPED, BIAS)
+            store(y, out, t0, n1, t, n, TMA_STORE)
         else:
-            y = _finish(acc, t0, n0, t, n, x_scales, weight_scales, bias, x_stride, weight_stride, GROUPED, BIAS)
-            _store(y, out, t0, n0, t, n, TMA_STORE)
+            y = finish(acc, t0, n0, t, n, x_scales, weight_scales, bias, x_stride, weight_stride, GROUPED, BIAS)
+            store(y, out, t0, n0, t, n, TMA_STORE)
 
 
 @triton.jit(do_not_specialize=["t", "x_stride", "weight_stride", "splits"])
@@ -166,8 +173,8 @@ def _sum_splits_kernel(
     for _ in range(splits):
         acc += tl.load(place, mask=column < n, other=0)
         place += t.to(tl.int64) * n
-    y = _finish(acc[None, :], row, n0, t, n, x_scales, weight_scales, bias, x_stride, weight_stride, GROUPED, BIAS)
-    _store(y, out, row, n0, t, n, False)
+    y = finish(acc[None, :], row, n0, t, n, x_scales, weight_scales, bias, x_stride, weight_stride, GROUPED, BIAS)
+    store(y, out, row, n0, t, n, False)
 
 
 class Scales(NamedTuple):
@@ -277,18 +284,13 @@ def _launch(
     block_t, block_n, block_k = (parameters[name] for name in ("BLOCK_T", "BLOCK_N", "BLOCK_K"))
     tiles = triton.cdiv(t, block_t) * triton.cdiv(n, block_n)
     splits = splits_of(tiles, triton.cdiv(k, block_k), most, tuning.multiprocessors)
-    target: torch.Tensor | TensorDescriptor = out_TN
-    if splits > 1:
-        dtype = torch.int32 if x_TK.dtype == torch.int8 else torch.float32
-        target = torch.empty(splits, t, n, dtype=dtype, device=x_TK.device)
-    tma_store = splits == 1 and n * out_TN.element_size() % 16 == 0 and out_TN.data_ptr() % 16 == 0
-    if tma_store:
-        target = TensorDescriptor.from_tensor(out_TN, [block_t, block_n // parameters["HALVES"]])
+    sums = torch.int32 if x_TK.dtype == torch.int8 else torch.float32
+    written, tma_store = target(out_TN, splits, sums, [block_t, block_n // parameters["HALVES"]])
     bias = out_TN if bias_N is None else bias_N
     _scaled_matmul_kernel[(min(tiles * splits, programs * tuning.multiprocessors),)](
         TensorDescriptor.from_tensor(x_TK, [block_t, block_k]),
         TensorDescriptor.from_tensor(weight_NK, [block_n, block_k]),
-        target,
+        written,
         scales.x,
         scales.weight,
         bias,
@@ -305,20 +307,39 @@ def _launch(
         **parameters,
     )
     if splits > 1:
-        _sum_splits_kernel[(t, triton.cdiv(n, _SUM_COLUMNS))](
-            target,
-            out_TN,
-            scales.x,
-            scales.weight,
-            bias,
-            t,
-            n,
-            scales.x_stride,
-            scales.weight_stride,
-            splits,
-            GROUPED=scales.grouped,
-            BIAS=bias_N is not None,
-            COLUMNS=_SUM_COLUMNS,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+        sum_splits(written, out_TN, scales, bias_N)
+
+
+def target(
+    out_TN: torch.Tensor, splits: int, dtype: torch.dtype, tile: list[int]
+) -> tuple[torch.Tensor | TensorDescriptor, bool]:
+    """What a kernel writes its tiles to, and whether that is a descriptor of them: not where rows are badly aligned,
+    and not where K is divided, for whose sums, of `dtype`, memory is made."""
+    t, n = out_TN.shape
+    if splits > 1:
+        return torch.empty(splits, t, n, dtype=dtype, device=out_TN.device), False
+    if n * out_TN.element_size() % 16 or out_TN.data_ptr() % 16:
+        return out_TN, False
+    return TensorDescriptor.from_tensor(out_TN, tile), True
+
+
+def sum_splits(sums_STN: torch.Tensor, out_TN: torch.Tensor, scales: Scales, bias_N: torch.Tensor | None) -> None:
+    """out = sums, added up over S, scaled if they are not yet (not GROUPED), with the bias."""
+    splits, t, n = sums_STN.shape
+    _sum_splits_kernel[(t, triton.cdiv(n, _SUM_COLUMNS))](
+        sums_STN,
+        out_TN,
+        scales.x,
+        scales.weight,
+        out_TN if bias_N is None else bias_N,
+        t,
+        n,
+        scales.x_stride,
+        scales.weight_stride,
+        splits,
+        GROUPED=scales.grouped,
+        BIAS=bias_N is not None,
+        COLUMNS=_SUM_COLUMNS,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )

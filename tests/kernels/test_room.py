@@ -14,7 +14,7 @@ from tests.kernels import mode  # noqa: F401  the kernels are imported as it cho
 
 import arriero_kernels
 
-SHARED = {"attention", "checks", "gemm", "gumbel", "numerics", "ordering", "quantization", "tuning"}
+SHARED = {"attention", "checks", "gemm", "int4", "gumbel", "numerics", "ordering", "quantization", "tuning"}
 OPS = sorted({module.name for module in pkgutil.iter_modules(arriero_kernels.__path__)} - SHARED)
 
 
