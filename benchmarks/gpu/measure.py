@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from benchmarks.gpu.case import Case, Outputs
+from benchmarks.gpu.case import Case, Outputs, Work
+
+from arriero_kernels.tuning import Tuning
 
 _MAX_SETS = 64
 _CACHES = 3
@@ -50,12 +52,17 @@ def events_seconds(call: Callable[[], object], times: int) -> float:
     return statistics.median(_timed(call) for _ in range(times))
 
 
+def draw(case: Case, device: torch.device, l2_bytes: int, tuning: Tuning | None) -> list[Work]:
+    """Sets of a case's inputs, so many that the cache cannot hold them, for launches with the tuning."""
+    works = [case.make(device, tuning)]
+    wanted = min(_MAX_SETS, -(-_CACHES * l2_bytes // max(1, works[0].bytes)))
+    return works + [case.make(device, tuning) for _ in range(wanted - 1)]
+
+
 def measure(case: Case, l2_bytes: int, budget: float) -> Measured:
     """Time a case and its twin, `budget` seconds each. Raises what the launches raise."""
     device = torch.device("cuda")
-    works = [case.make(device, None)]
-    wanted = min(_MAX_SETS, -(-_CACHES * l2_bytes // max(1, works[0].bytes)))
-    works += [case.make(device, None) for _ in range(wanted - 1)]
+    works = draw(case, device, l2_bytes, None)
     first = works[0]
     error = None if first.twin is None else first_difference(first.call(), first.twin())
     ours = time_graph([work.call for work in works], budget)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as functional
+from benchmarks.gpu.candidates import product
 from benchmarks.gpu.case import Case, Outputs, Work, bytes_of, plain
 from benchmarks.gpu.twins import quantize, scale_bytes
 
@@ -61,3 +62,5 @@ CASES = [
     case(8, 8, 16384),
     case(2, 8, 4096, Scaling.TOKEN),
 ]
+
+CANDIDATES = {"all_reduce_rms_norm": product(num_warps=[1, 2, 4, 8, 16, 32])}

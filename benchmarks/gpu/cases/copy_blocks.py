@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+from benchmarks.gpu.candidates import product
 from benchmarks.gpu.case import Case, Outputs, Work
 
 from arriero_kernels.copy_blocks import copy_blocks
@@ -34,3 +35,5 @@ CASES = [
     case(64, 32, (8, 16, 128)),
     case(64, 32, (8, 64, 128), torch.float8_e4m3fn),
 ]
+
+CANDIDATES = {"copy_blocks": product(BLOCK=[512, 1024, 2048, 4096, 8192], num_warps=[2, 4, 8])}

@@ -4,6 +4,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as functional
+from benchmarks.gpu.candidates import product
 from benchmarks.gpu.case import Case, Outputs, Work
 
 from arriero_kernels.embedding import embedding
@@ -33,3 +34,5 @@ def case(tokens: int, vocabulary: int, hidden: int, timed: bool = True) -> Case:
 
 
 CASES = [case(64, 128_256, 4096), case(8192, 128_256, 4096), case(8192, 128_256, 8192, timed=False)]
+
+CANDIDATES = {"embedding": product(BLOCK=[512, 1024, 2048, 4096, 8192], num_warps=[1, 2, 4, 8])}

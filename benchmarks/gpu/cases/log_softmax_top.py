@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+from benchmarks.gpu.candidates import product
 from benchmarks.gpu.case import Case, Outputs, Work, bytes_of, plain
 
 from arriero_kernels.log_softmax_top import log_softmax_top
@@ -35,3 +36,5 @@ CASES = [
     case(64, 32_000, 20, timed=False),
     case(16, 50_257, 20, timed=False),
 ]
+
+CANDIDATES = {"log_softmax_top": product(BLOCK=[1024, 2048, 4096, 8192, 16384], num_warps=[4, 8, 16, 32])}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 from benchmarks.gpu import twins
+from benchmarks.gpu.candidates import product
 from benchmarks.gpu.case import Case, Outputs, Work, bytes_of, plain
 
 from arriero_kernels.quantization import Scaling
@@ -38,3 +39,5 @@ CASES = [
     case(8192, 8192, Scaling.TOKEN, torch.int8),
     *(case(64, columns, Scaling.TOKEN, timed=False) for columns in (1024, 2048, 16384)),
 ]
+
+CANDIDATES = {"quantize": product(num_warps=[1, 2, 4, 8, 16, 32])}

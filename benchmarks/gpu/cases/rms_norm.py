@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as functional
+from benchmarks.gpu.candidates import product
 from benchmarks.gpu.case import Case, Outputs, Work, bytes_of, plain
 from benchmarks.gpu.twins import quantize, scale_bytes
 
@@ -60,3 +61,5 @@ CASES = [
     case(64, 16384, Scaling.GROUP, timed=False),
     case(64, 8192, with_delta=False, timed=False),
 ]
+
+CANDIDATES = {"rms_norm": product(num_warps=[1, 2, 4, 8, 16, 32])}

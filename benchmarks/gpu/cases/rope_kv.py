@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+from benchmarks.gpu.candidates import product
 from benchmarks.gpu.case import Case, Outputs, Work, bytes_of, plain
 
 from arriero_kernels.rope_kv import rope_and_store, rope_table
@@ -70,3 +71,5 @@ CASES = [
     case(8192, 16, 2, kv_dtype=torch.float8_e4m3fn, timed=False),
     case(64, 32, 8, 64, timed=False),
 ]
+
+CANDIDATES = {"rope_and_store": product(BLOCK_T=[1, 2, 4, 8, 16], num_warps=[1, 2, 4, 8])}

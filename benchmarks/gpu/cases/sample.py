@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import torch
+from benchmarks.gpu.candidates import product
 from benchmarks.gpu.case import Case, Outputs, Work, bytes_of, plain
 
 from arriero_kernels.sample import deepest, sample
@@ -71,3 +72,8 @@ CASES = [
     case(64, 32_000, top_p=0.95),
     case(16, 50_257, top_p=0.95, timed=False),
 ]
+
+CANDIDATES = {
+    "sample": product(SPLITS=[2, 4, 8, 16, 32, 64], BLOCK=[512, 1024, 2048], num_warps=[4, 8, 16]),
+    "sample_threshold": product(BLOCK=[512, 1024, 2048], WAYS=[4, 8, 16], num_warps=[8, 16, 32]),
+}

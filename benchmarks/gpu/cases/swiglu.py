@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as functional
+from benchmarks.gpu.candidates import product
 from benchmarks.gpu.case import Case, Outputs, Work, bytes_of, plain
 from benchmarks.gpu.twins import quantize, scale_bytes
 
@@ -50,3 +51,8 @@ CASES = [
     case(64, 28672, Scaling.GROUP, timed=False),
     *(case(64, size, Scaling.TOKEN, timed=False) for size in (1792, 3584, 8192)),
 ]
+
+CANDIDATES = {
+    "silu_mul": product(BLOCK=[512, 1024, 2048, 4096], num_warps=[1, 2, 4, 8]),
+    "silu_mul_quantized": product(num_warps=[4, 8, 16, 32]),
+}
