@@ -29,6 +29,10 @@ KvLayer = tuple[torch.Tensor, ...]
 """A layer's paged keys and values, first these two; how they are laid out, and what may follow, is the backend's."""
 
 
+class DeviceError(ValueError):
+    """A device that is missing, or that the model does not fit on: one sentence with the numbers."""
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
     """What attention is on this rank, the same in every layer."""

@@ -7,7 +7,7 @@ Legend: N outputs, K inputs, G groups of a row's inputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -40,11 +40,11 @@ class QuantizedWeight:
     """Inputs that share a scale, where `scales` is [N, G]."""
     blocks: bool = False
 
-    def to(self, device: torch.device) -> QuantizedWeight:
-        zeros = None if self.zeros_NG is None else self.zeros_NG.to(device)
-        return QuantizedWeight(
-            self.kind, self.codes_NK.to(device), self.scales.to(device), zeros, self.group, self.blocks
-        )
+    def copied(self, device: torch.device) -> QuantizedWeight:
+        """In memory of its own on a device."""
+        zeros = None if self.zeros_NG is None else self.zeros_NG.to(device, copy=True)
+        codes = self.codes_NK.to(device, copy=True)
+        return replace(self, codes_NK=codes, scales=self.scales.to(device, copy=True), zeros_NG=zeros)
 
     def dequantized(self) -> torch.Tensor:
         """float32 [N, K]."""
