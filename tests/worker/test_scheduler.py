@@ -599,6 +599,30 @@ class TestLostRank:
         harness.finish()
         assert harness.ended == {unlucky: "length"}
 
+    def test_ranks_that_turn_out_to_have_fewer_blocks(self) -> None:
+        harness = Harness(kv_blocks=64)
+        ids = [never_stopping(harness, length=9, max_tokens=30) for _ in range(3)]
+        for _ in range(6):
+            harness.step()
+        harness.reset()
+        harness.scheduler.resize(5)
+        harness.settings = harness.scheduler.settings
+        assert harness.scheduler.stats.kv_blocks == 5
+        assert harness.scheduler.settings.max_length == 21
+        harness.finish()
+        assert {len(harness.received[id_]) for id_ in ids} == {12}
+        assert {harness.ended[id_] for id_ in ids} == {"length"}
+
+    def test_what_has_become_too_long_for_the_ranks_ends(self) -> None:
+        harness = Harness(kv_blocks=64)
+        long = never_stopping(harness, length=30, max_tokens=30)
+        harness.step()
+        harness.reset()
+        harness.scheduler.resize(5)
+        harness.take_events()
+        assert harness.ended == {long: "length"}
+        assert harness.scheduler.idle
+
     def test_steps_go_on_counting(self) -> None:
         harness = Harness()
         never_stopping(harness)

@@ -188,9 +188,8 @@ class Pod:
         second signal. Raises OSError when the control port is taken.
         """
         os.environ["ARRIERO_SUPERVISOR"] = str(os.getpid())
-        multiprocessing.get_context("forkserver").set_forkserver_preload(
-            ["arriero_worker.tied", "arriero_worker.fork_server"]
-        )
+        code = "arriero_worker.fork_cuda" if self._launch.backend == "cuda" else "arriero_worker.fork_server"
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["arriero_worker.tied", code])
         self._control.start()
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._on_signal)

@@ -34,6 +34,7 @@ from arriero_worker.engine.server import EngineServer
 from arriero_worker.group.comm import GroupAborted
 from arriero_worker.group.member import Member, Truth
 from arriero_worker.group.memory import PodMemory
+from arriero_worker.model.backend import DeviceError
 from arriero_worker.model.loader import CheckpointError
 from arriero_worker.model.shard import ShardError
 from arriero_worker.rank_entry import engine_socket
@@ -92,7 +93,7 @@ class Rank:
     def run(self) -> int:
         try:
             stage = self._load()
-        except (CheckpointError, ModelError, ShardError) as error:
+        except (CheckpointError, ModelError, ShardError, DeviceError) as error:
             log.error("rank %d cannot run: %s", self._rank, error)
             self._truth.enter("Failed", str(error))
             time.sleep(0.3)  # for the status to reach who watches
@@ -117,8 +118,9 @@ class Rank:
             self._truth.now()
 
         stage = load_stage(self._launch, self._rank, progress)
+        self._truth.memory_bytes = stage.memory_bytes
         self._truth.enter("Warming")
-        stage.backend.warm()
+        stage.warm()
         return stage
 
     def _open_store(self) -> None:
@@ -140,7 +142,7 @@ class Rank:
         scheduler = Scheduler(
             SchedulerSettings(
                 block_size=settings.block_size,
-                kv_blocks=settings.kv_blocks,
+                kv_blocks=stage.kv_blocks,
                 max_context=settings.max_context,
                 max_running=settings.max_running,
                 max_waiting=settings.max_waiting,
@@ -226,12 +228,17 @@ class Rank:
                 session.run()
             finally:
                 session.close()
+                if session.failure is not None:
+                    raise session.failure
         except GroupAborted as error:
             reason = str(error)
         except Exception as error:
             if self._memory.aborted_epoch < epoch:
                 log.exception("rank %d: a step of epoch %d failed", self._rank, epoch)
             reason = f"{type(error).__name__}: {error}"
+            if not stage.usable():
+                log.critical("rank %d: its device can compute no more; starting again", self._rank)
+                os._exit(1)
         self._commands.put(_Ended(epoch, reason))
 
     def _dial_store(self, address: str) -> Any:

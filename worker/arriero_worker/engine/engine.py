@@ -45,8 +45,8 @@ class Session(Protocol):
 
 
 class _Attach:
-    def __init__(self, session: Session, epoch: int) -> None:
-        self.session, self.epoch = session, epoch
+    def __init__(self, session: Session, epoch: int, kv_blocks: int | None) -> None:
+        self.session, self.epoch, self.kv_blocks = session, epoch, kv_blocks
 
 
 class _Detach:
@@ -111,8 +111,9 @@ class Engine:
     def set_draining(self, draining: bool) -> None:
         self._events.put(_SetDraining(draining))
 
-    def attach(self, session: Session, epoch: int) -> None:
-        self._events.put(_Attach(session, epoch))
+    def attach(self, session: Session, epoch: int, kv_blocks: int | None = None) -> None:
+        """`kv_blocks`: how many all ranks have; None: as many as the scheduler's settings say."""
+        self._events.put(_Attach(session, epoch, kv_blocks))
 
     def detach(self) -> None:
         """Returns when the loop has let go of the epoch: no plan is dispatched after that."""
@@ -169,6 +170,8 @@ class Engine:
                 self._scheduler.abort(event.ids)
                 self._live.difference_update(event.ids)
             case _Attach():
+                if event.kv_blocks is not None:
+                    self._scheduler.resize(event.kv_blocks)
                 self._session, self._epoch = event.session, event.epoch
                 self._enter("Serving")
             case _Detach():

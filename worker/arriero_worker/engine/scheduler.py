@@ -145,6 +145,25 @@ class Scheduler:
         for sequence in hopeless:
             self._end(sequence, "error", message=f"the group failed {_LOSSES} times in a row while it ran this request")
 
+    def resize(self, kv_blocks: int) -> None:
+        """The ranks turned out to have so many blocks. Nothing runs, and nothing has since `reset` or the beginning.
+
+        A waiting request that has become too long to ever fit ends where the blocks end, as one that was submitted now
+        would.
+        """
+        assert not self._running, "blocks are given away"
+        if kv_blocks == self.settings.kv_blocks:
+            return
+        self.settings = replace(self.settings, kv_blocks=kv_blocks)
+        self._blocks.size = kv_blocks
+        self._blocks.reset()
+        self._prefixes.reset()
+        self._stats.kv_blocks = kv_blocks
+        for sequence in list(self._waiting):
+            sequence.limit = min(sequence.limit, self.settings.max_length)
+            if len(sequence.tokens) >= sequence.limit:
+                self._end(sequence, "length")
+
     # The loop
 
     def schedule(self) -> StepPlan | None:

@@ -5,7 +5,9 @@ Legend: T tokens of the micro-batch, H hidden size.
 
 from __future__ import annotations
 
-from typing import Protocol
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 
@@ -16,6 +18,15 @@ class GroupAborted(Exception):
     """
 
 
+def meet(store: Any, world: int, check: Callable[[], None]) -> None:
+    """Return when all ranks are here. `store` is the epoch's own; `check` raises GroupAborted once that is over."""
+    here = store.add("here", 1)
+    while here < world:
+        check()
+        time.sleep(0.002)
+        here = store.add("here", 0)
+
+
 class Communicator(Protocol):
     """Every call may raise `GroupAborted`. Ranks of a group make the same calls in the same order."""
 
@@ -23,7 +34,7 @@ class Communicator(Protocol):
         """Sum over the tensor ranks of this stage, in place where possible. x: contiguous, any shape, float32 or
         bfloat16.
 
-        Every rank gets the same bits: the sum runs in rank order, in float32.
+        Every rank gets the same bits. On CPUs the sum runs in rank order, in float32; on GPUs in NCCL's order.
         """
         ...
 
@@ -32,7 +43,7 @@ class Communicator(Protocol):
         ...
 
     def send(self, x: torch.Tensor) -> None:
-        """To the same tensor rank of the next stage; returns once x may be overwritten."""
+        """To the same tensor rank of the next stage; returns once x may be overwritten (on a GPU: by a launch)."""
         ...
 
     def recv(self, x: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ pending: the caller's thread is then left behind with its epoch (see `rank.py`).
 from __future__ import annotations
 
 import socket
-import time
 from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
@@ -19,7 +18,7 @@ import torch
 import torch.distributed
 
 from arriero_plan.launch import Launch
-from arriero_worker.group.comm import GroupAborted
+from arriero_worker.group.comm import GroupAborted, meet
 from arriero_worker.group.memory import PodMemory
 from arriero_worker.group.reduce import PodReduce
 
@@ -52,7 +51,7 @@ class GroupData:
         self._first_stage, self._last_stage = tp_rank, (layout.pipeline - 1) * layout.tensor + tp_rank
         self._sends: deque[tuple[Any, torch.Tensor]] = deque()
         prefix = f"epoch/{epoch}"
-        self._meet(dist.PrefixStore(prefix, store), layout.world)
+        meet(dist.PrefixStore(prefix, store), layout.world, self._check)
         host = local_address(launch.pods[0].host, launch.pods[0].store_port)
         pods = {launch.pod_of(stage * layout.tensor + i) for i in range(layout.tensor)}
         self._pod_reduce: PodReduce | None = None
@@ -69,13 +68,6 @@ class GroupData:
         if layout.pipeline > 1:
             self._hidden = self._gloo(dist.PrefixStore(f"{prefix}/hidden", store), rank, layout.world, host)
             self._results = self._gloo(dist.PrefixStore(f"{prefix}/results", store), rank, layout.world, host)
-
-    def _meet(self, store: Any, world: int) -> None:
-        here = store.add("here", 1)
-        while here < world:
-            self._check()
-            time.sleep(0.002)
-            here = store.add("here", 0)
 
     def _check(self) -> None:
         if self._memory.aborted_epoch >= self._epoch:
@@ -99,6 +91,9 @@ class GroupData:
                 f"epoch {self._epoch}: a peer's connection broke ({str(error).splitlines()[0]})"
             ) from error
         self._check()
+
+    def close(self) -> None:
+        """Nothing to do: connections end with this object."""
 
     # Communicator
 

@@ -48,6 +48,7 @@ class Truth:
         self.bytes_loaded = 0
         self.bytes_total = 0
         self.reason = ""
+        self.memory_bytes: Callable[[], int] = resident_bytes
         self.changed = threading.Event()
         self.now()
 
@@ -68,7 +69,7 @@ class Truth:
             self.step,
             self.bytes_loaded,
             self.bytes_total,
-            resident_bytes(),
+            self.memory_bytes(),
             self.reason,
         )
         self._memory.write_rank(self._index, status, self._since)
