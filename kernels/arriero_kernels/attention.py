@@ -20,8 +20,8 @@ CACHE_DTYPES = (*FLOATS, torch.float8_e4m3fn)
 NOTHING = tl.constexpr(-1.0e30)
 """The score of a key that is not seen: finite, so that a row which has seen none yet holds no NaN. What such a row has
 summed, the first key that it sees outweighs entirely."""
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -105,16 +105,16 @@ def finished(acc, top, total, seen, value_scale):
     """(output [M, D], log-sum-exp [M]) of rows; zeros and -inf of one that has not `seen` a key."""
     total = tl.where(seen, total, 1.0)
     out = tl.where(seen[:, None], acc * (value_scale / total)[:, None], 0.0)
-    return out, tl.where(seen, (top + tl.log2(total)) * _LN_2, float("-inf"))
+    return out, tl.where(seen, (top + tl.log2(total)) * LN_2, float("-inf"))
 
 
 @triton.jit
 def scales_of(scale, key_scales, value_scales, kv_head, SCALED: tl.constexpr):
     """(factor of the scores, to base 2; factor of the values) of a KV head."""
     if SCALED:
-        return scale * _LOG2_E * tl.load(key_scales + kv_head), tl.load(value_scales + kv_head)
+        return scale * LOG2_E * tl.load(key_scales + kv_head), tl.load(value_scales + kv_head)
     else:
-        return scale * _LOG2_E, 1.0
+        return scale * LOG2_E, 1.0
 
 
 def expect_queries(queries: torch.Tensor, heads_of: int, d: int) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from benchmarks.gpu.cases import (
     rope_kv,
     sample,
     swiglu,
+    tree_attention,
 )
 from benchmarks.gpu.measure import Measured, Timing, first_difference
 
@@ -46,6 +47,8 @@ SMALL = [
     paged_attention.case([(2, 4, 4), (1, 3, 20)], 4, 2, 16, torch.float8_e4m3fn, slots=16, window=5),
     decode_attention.case(2, 20, 4, 2, 16, slots=16),
     decode_attention.case(1, 40, 4, 2, 16, torch.float8_e4m3fn, slots=16, tokens=2),
+    tree_attention.case(2, 5, 4, 2, 16),
+    tree_attention.case(1, 9, 4, 2, 16, bits=True),
     *(
         quantize.case(3, 256, scaling, dtype)
         for scaling in list(Scaling)[1:]
