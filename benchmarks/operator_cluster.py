@@ -10,6 +10,7 @@ import http.client
 import json
 import os
 import re
+import socket
 import ssl
 import subprocess
 import sys
@@ -89,6 +90,11 @@ class _Event(msgspec.Struct):
     object: Seen
 
 
+class _Listed(msgspec.Struct):
+    metadata: _Metadata
+    items: list[Seen]
+
+
 class Census:
     """Counts objects of one kind by predicates, as a watch tells of them; and when a count was first reached."""
 
@@ -98,8 +104,9 @@ class Census:
         self._tests = tests
         self._goals: list[tuple[Callable[[Census], bool], threading.Event, list[float]]] = []
         self._lock = threading.Lock()
-        query = f"?watch=true&timeoutSeconds=3600&labelSelector={selector}"
-        self._connection, self._response = server.open(path + query)
+        self._server, self._path = server, f"{path}?labelSelector={selector}"
+        self._closed = False
+        self._open()
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
@@ -114,7 +121,7 @@ class Census:
             deadline = time.monotonic() + seconds
             while not reached.wait(1.0):
                 if not self._thread.is_alive():
-                    raise SystemExit("a watch ended")
+                    raise SystemExit("nobody watches any longer")
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"not reached within {seconds:g} s: {self.counts} of {len(self.seen)}")
             return times[0]
@@ -122,17 +129,35 @@ class Census:
         return wait
 
     def close(self) -> None:
-        with suppress(OSError):
-            self._connection.sock.close()
+        self._closed = True
+        with suppress(OSError, AttributeError):
+            self._connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def _open(self) -> None:
+        """Take what there is, and watch from there on."""
+        connection, response = self._server.open(self._path)
+        listed = msgspec.json.decode(response.read(), type=_Listed)
+        connection.close()
+        with self._lock:
+            self.seen.clear()
+            self.counts = dict.fromkeys(self._tests, 0)
+            for found in listed.items:
+                self._take(_Event("ADDED", found))
+            self._check()
+        query = f"&watch=true&timeoutSeconds=3600&resourceVersion={listed.metadata.resourceVersion}"
+        self._connection, self._response = self._server.open(self._path + query)
 
     def _read(self) -> None:
+        """The API server ends a watch that cannot keep up with it: then all is taken anew."""
         decoder = msgspec.json.Decoder(_Event)
-        with suppress(OSError, ValueError, http.client.HTTPException, AttributeError):
-            while line := self._response.readline():
-                event = decoder.decode(line)
-                with self._lock:
-                    self._take(event)
-                    self._check()
+        while not self._closed:
+            with suppress(OSError, ValueError, http.client.HTTPException, AttributeError):
+                while (line := self._response.readline()) and (event := decoder.decode(line)).type != "ERROR":
+                    with self._lock:
+                        self._take(event)
+                        self._check()
+            if not self._closed:
+                self._open()
 
     def _take(self, event: _Event) -> None:
         name = event.object.metadata.name

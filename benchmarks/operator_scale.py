@@ -257,13 +257,13 @@ def main() -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     wanted = arguments.only or [name for name in MEASUREMENTS if arguments.peer or name.startswith("arriero")]
+    told = {"machine": machine(), "groups": arguments.groups, "pods_per_group": PODS_PER_GROUP, "nodes": NODES}
     found: dict[str, Any] = {}
     for name in wanted:
         found[name] = measure(name, arguments.groups, arguments.log)
         show(name, found[name])
-    if arguments.json:
-        told = {"machine": machine(), "groups": arguments.groups, "pods_per_group": PODS_PER_GROUP, "nodes": NODES}
-        arguments.json.write_text(json.dumps({**told, "measurements": found}, indent=2) + "\n")
+        if arguments.json:  # each time, so that what has been measured is not lost with what goes wrong later
+            arguments.json.write_text(json.dumps({**told, "measurements": found}, indent=2) + "\n")
     return 0
 
 
