@@ -37,6 +37,8 @@ _ROUND_SECONDS = 0.1
 _RESYNC_SECONDS = 60.0
 """Each deployment is looked at so often, whatever has been heard."""
 _RETRY = (0.2, 30.0)
+_FIRST_WORDS_SECONDS = 3.0
+"""How long the first round waits for engines to say how they are: those of a lost node never will."""
 _ANOTHERS_SECONDS = 15.0
 """How long a name counts as taken by somebody else before that is looked at again."""
 
@@ -72,6 +74,7 @@ class Rounds:
     async def run(self, writer: Writer) -> None:
         """Until cancelled. What is being written is finished first, so far as the loop lives."""
         spent = 0.0
+        await self.statuses.first_words(_FIRST_WORDS_SECONDS)
         try:
             while True:
                 self.last_round = time.monotonic()

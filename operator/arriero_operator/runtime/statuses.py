@@ -51,6 +51,22 @@ class Statuses:
         self._followers: dict[Key, _Follower] = {}
         self._drains: dict[tuple[Key, str], asyncio.Task[None]] = {}
         self._reports: dict[Key, Report] = {}
+        self._unheard: set[Key] = set()
+        """Pods that have neither said a word nor failed to, since they are followed."""
+        self._all_heard = asyncio.Event()
+
+    async def first_words(self, seconds: float) -> None:
+        """Wait until every pod that is followed has said how it is or could not be asked, but not for longer than that.
+
+        Who has just begun to look knows of no engine yet, and would tell of groups that serve as if they did not.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                while self._unheard:
+                    self._all_heard.clear()
+                    await self._all_heard.wait()
+        except TimeoutError:
+            log.info("%d of %d pods have not said how they are", len(self._unheard), len(self._followers))
 
     def reports(self, pods: Iterable[Pod]) -> Mapping[str, Report]:
         """Of these pods, by name."""
@@ -64,10 +80,12 @@ class Statuses:
         if follower is not None and (follower.uid, follower.address) != (uid, address):
             follower.task.cancel()
             del self._followers[key]
+            self._asked(key)
             self._forget(key)
         if address and key not in self._followers:
             task = asyncio.create_task(self._follow(key, address), name=f"status of {key[1]}")
             self._followers[key] = _Follower(uid, address, task)
+            self._unheard.add(key)
         metrics.STATUS_STREAMS.set(len(self._followers))
 
     def drain(self, pod: Pod, seconds: float) -> None:
@@ -95,6 +113,7 @@ class Statuses:
                         self._hear(key, report_of(told))
             except grpc.aio.AioRpcError as error:
                 log.debug("status of %s: %s", key[1], error.details())
+            self._asked(key)
             self._forget(key)
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(3.0, pause * 1.6)
@@ -114,8 +133,14 @@ class Statuses:
     def _hear(self, key: Key, report: Report) -> None:
         known = self._reports.get(key)
         self._reports[key] = report
+        self._asked(key)
         if known is None or _turn(known) != _turn(report):
             self._heard(key)
+
+    def _asked(self, key: Key) -> None:
+        self._unheard.discard(key)
+        if not self._unheard:
+            self._all_heard.set()
 
     def _forget(self, key: Key) -> None:
         if self._reports.pop(key, None) is not None:
