@@ -19,6 +19,7 @@ from benchmarks.gpu.cases import (
     int4_matmul,
     int8_matmul,
     log_softmax_top,
+    lora,
     paged_attention,
     quantize,
     rms_norm,
@@ -43,12 +44,14 @@ SMALL = [
     int4_matmul.case(3, 32, 256),
     int4_matmul.case(3, 32, 128, group=32, zeros=False),
     int8_matmul.case(3, 32, 64),
+    lora.case(6, 32, 64, 16, 3),
     paged_attention.case([(1, 3, 3), (2, 1, 9), (1, 2, 20)], 4, 2, 16, slots=16),
     paged_attention.case([(2, 4, 4), (1, 3, 20)], 4, 2, 16, torch.float8_e4m3fn, slots=16, window=5),
     decode_attention.case(2, 20, 4, 2, 16, slots=16),
     decode_attention.case(1, 40, 4, 2, 16, torch.float8_e4m3fn, slots=16, tokens=2),
     tree_attention.case(2, 5, 4, 2, 16),
     tree_attention.case(1, 9, 4, 2, 16, bits=True),
+    tree_attention.merge_case(3, 2, 16),
     *(
         quantize.case(3, 256, scaling, dtype)
         for scaling in list(Scaling)[1:]

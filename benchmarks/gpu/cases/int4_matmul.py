@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+from benchmarks.gpu.candidates import product
 from benchmarks.gpu.case import Case, Outputs, Work, bytes_of, plain
 from benchmarks.gpu.sizes import LLAMA_8B, LLAMA_70B_TP8
 
@@ -63,3 +64,12 @@ CASES = [
     *(case(tokens, *LLAMA_8B["gate_up"], group=group, timed=False) for group in (32, 64) for tokens in (8, 32, 2048)),
     *(case(tokens, *LLAMA_8B["gate_up"], dtype=torch.float16, timed=False) for tokens in (8, 2048)),
 ]
+
+CANDIDATES = {
+    "int4_matmul": [
+        *product(
+            BLOCK_T=[16, 32, 64], BLOCK_N=[64], PROGRAMS=[1, 2, 3], SPLITS=[1, 8], num_warps=[4], num_stages=[4, 6]
+        ),
+        *product(BLOCK_T=[64, 128], BLOCK_N=[128], PROGRAMS=[1], num_warps=[8], GROUP_T=[4, 8, 16], num_stages=[3, 4]),
+    ]
+}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+from benchmarks.gpu.candidates import product
 from benchmarks.gpu.case import Case, Outputs, Work, bytes_of
 from benchmarks.gpu.sizes import LLAMA_8B, LLAMA_70B_TP8
 
@@ -38,3 +39,14 @@ CASES = [
     *(case(tokens, *LLAMA_70B_TP8["qkv"]) for tokens in (1, 64)),
     *(case(tokens, *LLAMA_70B_TP8[name], timed=False) for name in ("qkv", "gate_up") for tokens in (8, 32, 48, 256)),
 ]
+
+_FEW = {"HALVES": [1], "SWAP": [1], "num_warps": [4]}
+_MANY = {"BLOCK_T": [128], "BLOCK_K": [128], "SWAP": [0], "num_warps": [8]}
+
+CANDIDATES = {
+    "int8_matmul": [
+        *product(BLOCK_T=[16, 32, 64], BLOCK_N=[64], BLOCK_K=[128, 256], PROGRAMS=[1, 2], num_stages=[4, 6], **_FEW),
+        *product(BLOCK_N=[128], HALVES=[1], PROGRAMS=[1], SPLITS=[1, 4], num_stages=[4, 5], **_MANY),
+        *product(BLOCK_N=[256], HALVES=[2], PROGRAMS=[1], SPLITS=[1], GROUP_T=[4, 8, 16], num_stages=[3, 4], **_MANY),
+    ]
+}
