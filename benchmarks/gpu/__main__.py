@@ -1,7 +1,8 @@
-"""Measure every kernel on this machine's GPU, beside its PyTorch twin and the machine's own ceilings.
+"""Measure every kernel on this machine's GPU, beside its PyTorch twin and the machine's own ceilings; then the engine.
 
     python -m benchmarks.gpu --json benchmarks/results/gpu-h200.json
     python -m benchmarks.gpu --only rms_norm --minutes 2
+    python -m benchmarks.gpu --parts engine --minutes 8
     python -m benchmarks.gpu --list                              # needs no GPU
 
 A figure that this run did not produce stands nowhere: cases for which the time did not suffice are listed under
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from benchmarks.gpu.case import Case, all_cases
+from benchmarks.gpu.engine import LOADS, measure_engine
 from benchmarks.gpu.machine import ceilings, clocks, describe
 from benchmarks.gpu.measure import Measured, measure
 
@@ -53,9 +55,13 @@ def entry(measured: Measured, found: dict[str, float | None]) -> dict[str, Any]:
     }
 
 
-def run(cases: Sequence[Case], minutes: float, budget: float, path: Path | None) -> dict[str, Any]:
-    """Measure until the time is up. Returns what the JSON holds."""
-    end = time.monotonic() + 60 * minutes
+def run(
+    cases: Sequence[Case], minutes: float, budget: float, path: Path | None, engine_minutes: float = 0.0
+) -> dict[str, Any]:
+    """Measure until the time is up: kernels, then for the last `engine_minutes` of it the engine. Returns what the JSON
+    holds.
+    """
+    end = time.monotonic() + 60 * (minutes - engine_minutes)
     machine = describe()
     report: dict[str, Any] = {
         "machine": machine,
@@ -78,6 +84,15 @@ def run(cases: Sequence[Case], minutes: float, budget: float, path: Path | None)
         report["cases"].append(entry(measured, report["ceilings"]))
         print(_line(report["cases"][-1]), flush=True)
         _write(report, path)
+    if engine_minutes:
+        left = engine_minutes + max(0.0, end - time.monotonic()) / 60
+
+        def written(found: dict[str, Any]) -> None:
+            report["engine"] = found
+            _write(report, path)
+
+        bandwidth = report["ceilings"]["copy_bytes_per_second"]
+        written(measure_engine(left, bandwidth, machine["device"], written))
     report["clocks_after"] = clocks()
     _write(report, path)
     return report
@@ -113,22 +128,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=0.2, help="of timing, for each case and each twin (default 0.2)"
     )
+    parser.add_argument(
+        "--parts", default="kernels,engine", metavar="NAMES", help="kernels, engine or both (default), by commas"
+    )
+    parser.add_argument(
+        "--engine-minutes", type=float, default=4.0, help="of the minutes, for the engine beside kernels (default 4)"
+    )
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose label contains it")
     parser.add_argument("--list", action="store_true", help="show what would be measured")
     arguments = parser.parse_args(argv)
-    cases = [case for case in all_cases() if case.timed and arguments.only in case.label]
+    parts = set(arguments.parts.split(","))
+    if unknown := parts - {"kernels", "engine"}:
+        parser.error(f"--parts knows kernels and engine, not {', '.join(sorted(unknown))}")
+    if arguments.only:
+        parts = {"kernels"}
+    cases = [case for case in all_cases() if case.timed and arguments.only in case.label and "kernels" in parts]
     if arguments.list:
-        print("\n".join(case.label for case in cases))
+        print("\n".join([case.label for case in cases] + [load.label for load in LOADS if "engine" in parts]))
         return 0
-    if not cases:
+    if not cases and "kernels" in parts:
         parser.error(f"no case's label contains {arguments.only!r}; --list shows them")
     if not torch.cuda.is_available():
         print("no CUDA device: --list shows what would be measured", file=sys.stderr)
         return 2
-    report = run(cases, arguments.minutes, arguments.seconds, arguments.json)
+    share = 0.0
+    if "engine" in parts:
+        share = min(arguments.engine_minutes, arguments.minutes) if "kernels" in parts else arguments.minutes
+    report = run(cases, arguments.minutes, arguments.seconds, arguments.json, share)
     wrong = [case for case in report["cases"] if case["agrees"] is False]
     print(f"{len(report['cases'])} measured, {len(report['failed'])} failed, {len(report['not_run'])} not run")
-    return 1 if wrong or report["failed"] else 0
+    return 1 if wrong or report["failed"] or report.get("engine", {}).get("failed") else 0
 
 
 if __name__ == "__main__":

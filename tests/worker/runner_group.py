@@ -15,7 +15,8 @@ from arriero_worker.engine.scheduler import Scheduler, SchedulerSettings
 from arriero_worker.engine.step import StepPlan, StepResult
 from arriero_worker.group.comm import Communicator, Solo
 from arriero_worker.runner.batch import BatchState
-from arriero_worker.runner.runner import Runner, StageModel
+from arriero_worker.runner.runner import Runner
+from arriero_worker.runner.stage_model import StageModel
 
 TIME_LIMIT = 60.0
 

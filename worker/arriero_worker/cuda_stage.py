@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,20 @@ from arriero_worker.runner.device.streams import streams_of
 from arriero_worker.runner.device.warm import Alone, warm_steps
 
 log = logging.getLogger("arriero.cuda")
+
+
+@dataclass(slots=True)
+class Measured:
+    """Bytes on the device, as they were found while warming."""
+
+    weights: int = 0
+    workspace: int = 0
+    """Of the largest step, with what compiled kernels and libraries keep."""
+    graphs: int = 0
+    room_blocks: int = 0
+    """KV blocks that there is room for."""
+    warm_seconds: float = 0.0
+    graph_seconds: float = 0.0
 
 
 class CudaStage:
@@ -63,6 +78,7 @@ class CudaStage:
             max_context=settings.max_context,
             block_size=settings.block_size,
         )
+        self.measured = Measured()
         self._kv: KvCache | None = None
         self._graphed: GraphedStage | None = None
 
@@ -104,11 +120,19 @@ class CudaStage:
             return False
         return True
 
+    def shut(self) -> None:
+        """Give the device's memory back; the stage is of no use afterwards."""
+        self._graphed = self._kv = None
+        self._inputs.buckets = []
+        self._weights.layers.clear()
+        self._weights.embedding = self._weights.head = None
+
     # -- warming
 
     def warm(self) -> None:
         begun = time.monotonic()
-        weights = free_bytes(self._device)
+        self.measured.weights = torch.cuda.memory_allocated(self._device)
+        loaded = free_bytes(self._device)
         alone = Alone(self.launch.layout.tensor)
         model = self._model(alone)
         block = model.allocate_kv(1, self.launch.engine.block_size)
@@ -122,17 +146,19 @@ class CudaStage:
             "rank %d: kernels are ready after %.1f s; a step's workspace takes %.2f GiB",
             self.rank,
             time.monotonic() - begun,
-            (weights - ready) / GIB,
+            (loaded - ready) / GIB,
         )
-        graphs = self._graph_bytes(model, block)
-        blocks = self._affordable(free_bytes(self._device) - graphs, block.bytes, graphs)
+        self.measured.workspace = loaded - ready
+        self.measured.graphs = self._graph_bytes(model, block)
+        blocks = self._affordable(free_bytes(self._device) - self.measured.graphs, block.bytes)
         del block
         torch.cuda.empty_cache()
         self._kv = model.allocate_kv(blocks, self.launch.engine.block_size)
         if self.launch.layout.tensor == 1:
             # With more ranks, a graph holds calls of the epoch's communicator.
             self._graphed = self._captured(self._model(Solo()))
-        log.info("rank %d: warm after %.1f s", self.rank, time.monotonic() - begun)
+        self.measured.warm_seconds = time.monotonic() - begun
+        log.info("rank %d: warm after %.1f s", self.rank, self.measured.warm_seconds)
 
     def _graph_bytes(self, model: LlamaStage, kv: KvCache) -> int:
         """Of all graphs, judged by the two largest: the first brings the pool that all share."""
@@ -147,16 +173,17 @@ class CudaStage:
         each = taken[-1] - taken[0]
         return taken[0] + each * (len(buckets) - 1)
 
-    def _affordable(self, free: int, block: int, graphs: int) -> int:
+    def _affordable(self, free: int, block: int) -> int:
         """KV blocks that fit beside the graphs. Raises DeviceError where not one longest sequence does."""
         settings = self.launch.engine
         margin = int(FRAGMENTATION * total_bytes(self._device))
         room = (free - margin) // block
+        self.measured.room_blocks = room
         need = ceil_div(settings.max_context, settings.block_size)
         log.info(
             "rank %d: graphs take about %.2f GiB; there is room for %d KV blocks, the plan has %d",
             self.rank,
-            graphs / GIB,
+            self.measured.graphs / GIB,
             room,
             settings.kv_blocks,
         )
@@ -177,6 +204,7 @@ class CudaStage:
                 log.info("rank %d: %d of %d graphs, %.1f s", self.rank, done, total, time.monotonic() - begun)
 
         graphed.capture(buckets_up_to(self.launch.engine.max_running), self.kv, self._device, progress)
+        self.measured.graph_seconds = time.monotonic() - begun
         return graphed
 
     # -- epochs

@@ -14,6 +14,7 @@ from arriero_plan.model import ModelShape
 from arriero_worker.engine.step import StepPlan, StepResult
 from arriero_worker.group.comm import Solo
 from arriero_worker.group.data import GroupData
+from arriero_worker.group.member import resident_bytes
 from arriero_worker.group.memory import PodMemory
 from arriero_worker.model.backend import KvCache, StageWeights
 from arriero_worker.model.cpu.backend import CpuBackend
@@ -116,8 +117,6 @@ class CpuStage:
         self.backend.warm()
 
     def memory_bytes(self) -> int:
-        from arriero_worker.group.member import resident_bytes
-
         return resident_bytes()
 
     def connect(self, epoch: int, store: Any, memory: PodMemory) -> GroupData | None:

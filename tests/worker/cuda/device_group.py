@@ -15,6 +15,7 @@ from tests.worker.runner_group import TIME_LIMIT, Group, Pipe, Served, pipes_of,
 from arriero_worker.engine.messages import EngineRequest
 from arriero_worker.engine.scheduler import Scheduler, SchedulerSettings
 from arriero_worker.engine.step import StepPlan, StepResult
+from arriero_worker.group.comm import Solo
 from arriero_worker.model.cuda.backend import CudaBackend
 from arriero_worker.model.llama import LlamaStage
 from arriero_worker.runner.batch import BatchState
@@ -92,6 +93,46 @@ class BlockingResults:
         return arrived
 
 
+def device_runner(
+    stage: LlamaStage,
+    settings: SchedulerSettings,
+    comm: Any = None,
+    results: BlockingResults | None = None,
+    index: int = 0,
+    buckets: Sequence[int] = (),
+) -> DeviceRunner:
+    """A runner over a KV cache of its own."""
+    backend = stage.backend
+    assert isinstance(backend, CudaBackend)
+    streams = streams_of(backend.device)
+    inputs = StepInputs(
+        streams,
+        backend.device,
+        max_running=settings.max_running,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_context=settings.max_context,
+        block_size=settings.block_size,
+    )
+    inputs.buckets = list(buckets)
+    return DeviceRunner(
+        stage,
+        stage.allocate_kv(settings.kv_blocks, settings.block_size),
+        BatchState(settings.max_running, settings.max_context, settings.block_size),
+        comm or Solo(),
+        results,
+        inputs=inputs,
+        streams=streams,
+        device=backend.device,
+        stage=index,
+        pipeline=settings.pipeline,
+        leader=index == 0,
+        vocab_size=settings.vocab_size,
+        hidden_size=stage.shape.hidden_size,
+        dtype=stage.hidden_dtype,
+        tuning=tuning_of(backend.device),
+    )
+
+
 class DeviceGroup(Group):
     """One rank for each stage; `communicators` where there are several."""
 
@@ -100,44 +141,28 @@ class DeviceGroup(Group):
         pipeline = len(stages)
         self._turns = Turns()
         results = BlockingResults(Pipe(), self._turns)
-        self.runners = []
+        self.runners: list[Any] = []
         for index, (stage, pipe) in enumerate(zip(stages, pipes_of(1, pipeline), strict=True)):
             comm = LendingCommunicator(pipe, self._turns)
-            backend = stage.backend
-            assert isinstance(backend, CudaBackend)
-            streams = streams_of(backend.device)
-            inputs = StepInputs(
-                streams,
-                backend.device,
-                max_running=settings.max_running,
-                max_batch_tokens=settings.max_batch_tokens,
-                max_context=settings.max_context,
-                block_size=settings.block_size,
-            )
-            inputs.buckets = list(buckets)
             stage.comm = comm
             self.runners.append(
-                DeviceRunner(
-                    stage,
-                    stage.allocate_kv(settings.kv_blocks, settings.block_size),
-                    BatchState(settings.max_running, settings.max_context, settings.block_size),
-                    comm,
-                    results if pipeline > 1 else None,
-                    inputs=inputs,
-                    streams=streams,
-                    device=backend.device,
-                    stage=index,
-                    pipeline=pipeline,
-                    leader=index == 0,
-                    vocab_size=settings.vocab_size,
-                    hidden_size=stage.shape.hidden_size,
-                    dtype=stage.hidden_dtype,
-                    tuning=tuning_of(backend.device),
-                )
+                device_runner(stage, settings, comm, results if pipeline > 1 else None, index, list(buckets))
             )
+        self._begin()
+
+    @classmethod
+    def over(cls, runners: Sequence[DeviceRunner]) -> DeviceGroup:
+        """Runners that are there already."""
+        group = cls.__new__(cls)
+        group._turns = Turns()
+        group.runners = list(runners)
+        group._begin()
+        return group
+
+    def _begin(self) -> None:
         self.results: SimpleQueue[StepResult | BaseException] = SimpleQueue()
-        self._plans: list[SimpleQueue[StepPlan | None]] = [SimpleQueue() for _ in stages]
-        self._threads = [threading.Thread(target=self._run, args=(rank,)) for rank in range(pipeline)]
+        self._plans: list[SimpleQueue[StepPlan | None]] = [SimpleQueue() for _ in self.runners]
+        self._threads = [threading.Thread(target=self._run, args=(rank,)) for rank in range(len(self.runners))]
         self._threads.append(threading.Thread(target=self._collect))
         for thread in self._threads:
             thread.start()

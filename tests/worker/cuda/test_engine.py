@@ -23,7 +23,7 @@ from arriero_worker.runner.device.warm import warm_steps
 VOCAB = SMALL["vocab_size"]
 LIMITS: dict[str, dict[str, Any]] = {
     "roomy": {},
-    "preempting, chunked": {"kv_blocks": 10, "max_batch_tokens": 7},
+    "preempting, chunked": {"kv_blocks": 9, "max_batch_tokens": 7},
     "chunks of 3, no prefix cache": {"max_chunk_tokens": 3, "prefix_cache": False},
 }
 
@@ -50,7 +50,7 @@ def requests(count: int, seed: int = 3) -> list[EngineRequest]:
         prompt = shared[: (0, 8, 5)[id_ % 3]] + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 4))]
         plain = id_ % 3 == 0
         sampling = SamplingParams(
-            max_tokens=rng.randint(2, 6),
+            max_tokens=rng.randint(2, 4),
             seed=rng.getrandbits(64),
             temperature=0.0 if plain else rng.choice([0.0, 0.7, 1.3]),
             top_k=rng.choice([0, 5]),
@@ -96,7 +96,7 @@ def assert_same(found: runner_group.Served, expected: runner_group.Served) -> No
 @pytest.mark.parametrize(("limits", "layers"), list(zip(LIMITS, (1, 2, 1), strict=True)))
 def test_token_for_token_as_the_cpu_backend(tmp_path: Path, device: torch.device, limits: str, layers: int) -> None:
     path = make_checkpoint(tmp_path, **{**SMALL, "num_hidden_layers": layers})
-    settings, asked = settings_of(**LIMITS[limits]), requests(6, seed=layers)
+    settings, asked = settings_of(**LIMITS[limits]), requests(5, seed=layers)
     scheduler = Scheduler(settings, lambda: 0.0)
     group = DeviceGroup([cuda_stage(path, device)], settings, buckets=[1, 3, 4] if "roomy" in limits else [])
     try:
@@ -112,13 +112,13 @@ def test_token_for_token_as_the_cpu_backend(tmp_path: Path, device: torch.device
 
 def test_after_the_steps_that_warm_it_nothing_grows_and_nothing_is_left(tmp_path: Path, device: torch.device) -> None:
     path = make_checkpoint(tmp_path, **SMALL)
-    settings = settings_of(max_running=2, max_batch_tokens=4)
-    asked = requests(2, seed=4)
+    settings = settings_of(max_running=1, max_batch_tokens=2)
+    asked = requests(1, seed=4)
     stage = cuda_stage(path, device)
     group = DeviceGroup([stage], settings)
     try:
         engine = EngineSettings(
-            dtype="float32", max_context=CONTEXT, block_size=2, kv_blocks=64, max_running=2, max_batch_tokens=4
+            dtype="float32", max_context=CONTEXT, block_size=2, kv_blocks=64, max_running=1, max_batch_tokens=2
         )
         warm_steps(group.runners[0], engine, VOCAB)
         backend = stage.backend
@@ -139,7 +139,7 @@ def test_after_the_steps_that_warm_it_nothing_grows_and_nothing_is_left(tmp_path
 def test_two_stages_feed_each_other(tmp_path: Path, device: torch.device) -> None:
     """Hidden states forward, tokens back: what one stage of both layers answers."""
     path = make_checkpoint(tmp_path, **{**SMALL, "num_hidden_layers": 2})
-    asked = requests(4, seed=9)
+    asked = requests(3, seed=9)
     settings = settings_of(pipeline=2, kv_blocks=32)
     group = DeviceGroup(cuda_stages(path, device, 2), settings)
     try:

@@ -13,28 +13,17 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from arriero_worker.engine.step import StepPlan, StepResult
 from arriero_worker.group.comm import Communicator, GroupAborted
-from arriero_worker.model.forward import ForwardBatch
 from arriero_worker.runner.batch import BatchState, Step
 from arriero_worker.runner.results import ResultChannel, ResultLayout, blank, decode, encode, tokens_of
 from arriero_worker.runner.sampler import Sampler
-
-
-class StageModel(Protocol):
-    """The layers of one stage on one tensor rank. Legend: T tokens, H hidden size, R logits rows, V vocabulary."""
-
-    def forward(self, batch: ForwardBatch, kv: Any, hidden: torch.Tensor | None, /) -> torch.Tensor:
-        """Write the tokens' KV to `kv`, attend over it, and return the hidden states [T, H] or, on the last stage,
-        the logits [R, V] of `batch.logits_rows_R`: float32, complete on each tensor rank, the caller's to overwrite.
-        `hidden` [T, H] comes from the stage before (None on stage 0, which embeds).
-        """
-        ...
+from arriero_worker.runner.stage_model import StageModel
 
 
 class Runner:

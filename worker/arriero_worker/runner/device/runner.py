@@ -24,7 +24,7 @@ from arriero_worker.runner.device.inputs import Placed, StepInputs
 from arriero_worker.runner.device.sampler import DeviceSampler
 from arriero_worker.runner.device.streams import Arrived, Download, Streams
 from arriero_worker.runner.results import ResultLayout, blank, decode
-from arriero_worker.runner.runner import StageModel
+from arriero_worker.runner.stage_model import StageModel
 
 
 class DeviceResults(Protocol):
