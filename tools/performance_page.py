@@ -1,6 +1,6 @@
 """Write docs/performance.md from benchmarks/results/*.json: no figure stands there that no run has produced.
 
-A test compares; `python tools/performance_page.py` writes.
+A test compares; `python -m tools.performance_page` writes.
 """
 
 from __future__ import annotations
@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from benchmarks.gpu.engine import LOADS, PUBLISHED
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
@@ -19,7 +22,7 @@ CASES = ROOT / "benchmarks" / "gpu" / "cases"
 _HEAD = """# Performance
 
 Every figure on this page was measured by a script of `benchmarks/` and stands in `benchmarks/results`;
-`python tools/performance_page.py` writes the page from there. A figure that no run has produced is left empty. Compare
+`python -m tools.performance_page` writes the page from there. A figure that no run has produced is left empty. Compare
 figures of one table only: each is one run, on one machine, which the line above it names.
 """
 
@@ -38,7 +41,7 @@ Row = Sequence[object]
 
 def page(results: Path = RESULTS) -> str:
     """The whole page, from the JSON files of a folder."""
-    parts: list[str] = [_HEAD, *_gpu(results)]
+    parts: list[str] = [_HEAD, *_gpu(results), *_gpu_engine(results)]
     for name, title, section in (
         ("engine_cpu", "The engine on processors", _engine_cpu),
         ("scheduler", "The scheduler", _scheduler),
@@ -104,6 +107,61 @@ def _kernel(case: Result) -> Row:
     aim = _AIMS.get(case["op"], _AIM)
     seconds = case["ours"]["seconds"] * 1e6
     return (f"`{case['op']}`", case["name"], aim, seconds, _share(case["of_roofline"]), case["faster_than_twin"])
+
+
+def _gpu_engine(results: Path) -> Iterator[str]:
+    """What runs measured of the loads of benchmarks/gpu/engine.py; without a run, empty cells beside what is known."""
+    yield "\n## The engine on a GPU\n\n`python -m benchmarks.gpu --parts engine`"
+    runs = [json.loads(path.read_text()) for path in sorted(results.glob("gpu-*.json"))]
+    runs = [found for found in runs if found.get("engine", {}).get("loads")]
+    if not runs:
+        yield ": no run yet. Beside the empty cells: TensorRT-LLM 1.0's published figures for one H200.\n\n"
+        published = PUBLISHED["NVIDIA H200"]
+        known = {
+            load.label: published[load.model].get((load.prompt, load.output)) if load.weights == "fp8" else None
+            for load in LOADS
+        }
+        yield _loads([{**asdict(load), "published": known[load.label]} for load in LOADS])
+    for found in runs:
+        machine, engine = found["machine"], found["engine"]
+        yield f", on {machine['device']}, torch {machine['torch']}, triton {machine['triton']}.\n\n"
+        yield _loads(engine["loads"])
+        missing = [f"{entry['load']} ({entry['reason']})" for entry in (*engine["not_run"], *engine["failed"])]
+        if missing:
+            yield f"\nWithout a figure: {'; '.join(missing)}.\n"
+        if (floor := engine.get("floor")) and "failed" not in floor:
+            yield (
+                "\nThe floor, transformers' `generate` with 8B in bfloat16: "
+                f"{1e3 * floor['batch1_decode_seconds']:.3g} ms per token alone, {floor['batch32_tokens_per_second']:,.0f} tokens per second of 32.\n"
+            )
+
+
+def _loads(loads: Sequence[Result]) -> str:
+    head = ("model", "weights, KV", "tokens in / out", "tokens per second", "TensorRT-LLM's", "of it")
+    together = [
+        (
+            load["model"],
+            f"{load['weights']}, {load['kv']}",
+            f"{load['prompt']} / {load['output']}",
+            load.get("output_tokens_per_second"),
+            load["published"],
+            _share(load.get("of_published")),
+        )
+        for load in loads
+        if not load["batch1"]
+    ]
+    alone = [
+        (
+            load["model"],
+            f"{load['weights']}, {load['kv']}",
+            load["decode_seconds"] * 1e3 if "decode_seconds" in load else None,
+            _share(load.get("of_bound")),
+        )
+        for load in loads
+        if load["batch1"]
+    ]
+    columns = ("model", "weights, KV", "ms per token of one sequence", "of the bandwidth bound (aim 85 %)")
+    return table(head, together, 3) + "\n" + table(columns, alone, 2)
 
 
 def _engine_cpu(found: Result) -> str:
