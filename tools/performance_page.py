@@ -132,7 +132,8 @@ def _gpu_engine(results: Path) -> Iterator[str]:
         if (floor := engine.get("floor")) and "failed" not in floor:
             yield (
                 "\nThe floor, transformers' `generate` with 8B in bfloat16: "
-                f"{1e3 * floor['batch1_decode_seconds']:.3g} ms per token alone, {floor['batch32_tokens_per_second']:,.0f} tokens per second of 32.\n"
+                f"{1e3 * floor['batch1_decode_seconds']:.3g} ms per token alone, "
+                f"{floor['batch32_tokens_per_second']:,.0f} tokens per second of 32.\n"
             )
 
 
