@@ -67,7 +67,7 @@ class CudaBackend:
         """Nothing runs beside the calls."""
 
     def warm(self) -> None:
-        """Kernels are compiled by the steps that `cuda.warm` makes."""
+        """Nothing to do here: steps of every size (`runner.device.warm`) have kernels compiled."""
 
     # -- weights and cache
 

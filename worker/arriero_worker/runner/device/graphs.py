@@ -50,7 +50,6 @@ class GraphedStage:
         with torch.no_grad():
             for done, bucket in enumerate(descending):
                 batch = self._inputs.bucket_batch(bucket)
-                batch.slots_T.fill_(-1)
                 self._run(batch, kv)  # what must not happen inside a graph: compiling, libraries' first calls
                 torch.cuda.synchronize(device)
                 graph = torch.cuda.CUDAGraph()

@@ -57,8 +57,13 @@ class StepInputs:
         self._tables_SP = torch.zeros(max_running, self._width, dtype=torch.int32, device=device)
 
     def bucket_batch(self, bucket: int) -> ForwardBatch:
-        """The batch of `bucket` single tokens that a graph is captured with."""
+        """The batch of `bucket` single tokens that a graph is captured with: nothing but padding, whatever an earlier
+        step has left there.
+        """
+        self._area.zero_()
+        self._tables_SP.zero_()
         fields = self._fields([bucket + 1, bucket, bucket, bucket, bucket])
+        fields[3].fill_(-1)
         return self._forward(fields, self._tables_SP[:bucket], None)
 
     def place(self, step: Step, last_S: torch.Tensor | None) -> Placed:
