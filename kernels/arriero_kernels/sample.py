@@ -131,12 +131,12 @@ def _key(logits_V, token, present, top, temperature, V: tl.constexpr, SHIFT: tl.
 
 @triton.jit
 def _collect(
-    logits_V, tokens, n, low, high, top, temperature, LISTED: tl.constexpr, V: tl.constexpr, SHIFT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    logits_V, tokens, n, low, high, top, temperature, LISTED: tl.constexpr, WEIGH: tl.constexpr, V: tl.constexpr,
+    SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """List the tokens with low <= key < high, of the first n that are LISTED or of the vocabulary, in their order.
 
-    Returns how many, their least key, the key behind their greatest, and the sum of their weights.
+    Returns how many, their least key, the key behind their greatest, and, if to WEIGH, the sum of their weights.
     """
     least, greatest = tl.full((BLOCK,), _LARGEST, tl.int64), tl.full((BLOCK,), -1, tl.int64)
     weight = tl.zeros((BLOCK,), tl.int64)
@@ -155,7 +155,8 @@ def _collect(
             tl.minimum(least, tl.where(inside, key, _LARGEST)),
             tl.maximum(greatest, tl.where(inside, key, -1)),
         )
-        weight += tl.where(inside, _weight(depth), 0)
+        if WEIGH:
+            weight += tl.where(inside, _weight(depth), 0)
     tl.debug_barrier()
     return found, tl.min(least, 0), tl.max(greatest, 0) + 1, tl.sum(weight, 0)
 
@@ -182,7 +183,7 @@ def _last_kept(
         before = tl.maximum(before, tl.max(tl.where(below < limit, below, 0), 0))
         low = low + tl.minimum(tl.sum((below < limit).to(tl.int64), 0), WAYS - 1) * step
         n, low, high, _weights = _collect(
-            logits_V, tokens, n, low, tl.minimum(low + step, high), top, temperature, True, V, SHIFT, BLOCK
+            logits_V, tokens, n, low, tl.minimum(low + step, high), top, temperature, True, False, V, SHIFT, BLOCK
         )
     return tl.where(n == 1, low, _LARGEST)
 
@@ -226,14 +227,14 @@ def _threshold_kernel(
             part = tl.minimum(tl.sum((below < limit).to(tl.int32), 0), PARTS - 1)
             low = tl.where(part > 0, _bound(part - 1, PARTS, SHIFT), 0)
             n, low, high, _weights = _collect(
-                logits_V, tokens, V, low, _bound(part, PARTS, SHIFT), top, temperature, False, V, SHIFT, BLOCK
+                logits_V, tokens, V, low, _bound(part, PARTS, SHIFT), top, temperature, False, False, V, SHIFT, BLOCK
             )
             threshold = _last_kept(
                 logits_V, tokens, n, low, high, before, limit, by_count, top, temperature, V, SHIFT, WAYS, BLOCK
             )
             if by_count & (p < 1):
                 n, low, high, total = _collect(
-                    logits_V, tokens, V, 0, threshold + 1, top, temperature, False, V, SHIFT, BLOCK
+                    logits_V, tokens, V, 0, threshold + 1, top, temperature, False, True, V, SHIFT, BLOCK
                 )
                 threshold = _last_kept(
                     logits_V, tokens, n, low, high, low * 0, _mass(p, total), p >= 1, top, temperature, V, SHIFT, WAYS,

@@ -75,5 +75,5 @@ CASES = [
 
 CANDIDATES = {
     "sample": product(SPLITS=[2, 4, 8, 16, 32, 64], BLOCK=[512, 1024, 2048], num_warps=[4, 8, 16]),
-    "sample_threshold": product(BLOCK=[512, 1024, 2048], WAYS=[4, 8, 16], num_warps=[8, 16, 32]),
+    "sample_threshold": product(BLOCK=[512, 1024], WAYS=[2, 4, 8], num_warps=[8, 16]),
 }
