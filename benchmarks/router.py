@@ -46,7 +46,7 @@ import uvloop
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from router_machine import machine  # noqa: E402
+from router_machine import machine, without_paths  # noqa: E402
 from router_peers import PEERS, Peer, install_all  # noqa: E402
 from tests.router.load import Answer, ClosedLoop, post  # noqa: E402
 from tests.router.mocks import MODEL, MockReplica  # noqa: E402
@@ -189,11 +189,6 @@ def answers_grpc(port: int) -> bool:
             return len(list(call)) > 0
         except grpc.RpcError:
             return False
-
-
-def _named(command: list[str] | None) -> list[str] | None:
-    """A command line without this machine's folders."""
-    return None if command is None else [Path(word).name if word.startswith("/") else word for word in command]
 
 
 def started(stack: ExitStack, router: Router) -> RouterProcess | None:
@@ -409,7 +404,7 @@ def main() -> int:
         "load_at_end": os.getloadavg(),
         "scenes": [scene.__dict__ for scene in SCENES],
         "scale": options.scale,
-        "routers": {line.name: {"version": line.version, "command": _named(line.command)} for line in lines},
+        "routers": {line.name: {"version": line.version, "command": without_paths(line.command)} for line in lines},
         "medians": {name: medians(found) for name, found in rounds.items()},
         "rounds": rounds,
     }

@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from router_machine import machine  # noqa: E402
+from router_machine import machine, without_paths  # noqa: E402
 from router_peers import PEERS, Peer  # noqa: E402
 from tests.router.chaos import NAME, Fleet, Outcome, kill_rounds, our_router, total_outage  # noqa: E402
 from tests.router.router_process import RouterProcess  # noqa: E402
@@ -79,7 +79,7 @@ async def measure(name: str, fleet: Fleet, options: argparse.Namespace) -> dict[
     port, rpc, metrics = free_ports(3)
     report: dict[str, Any] = {}
     with start(name, fleet, port, rpc, metrics) as router:
-        report["command"] = router.command
+        report["command"] = without_paths(router.command)
         outcome = await kill_rounds(fleet, port, rounds=options.rounds, seed=options.seed, clients=options.clients)
         report["kills"] = figures(outcome)
         print(f"{name}: {outcome.summary()}", flush=True)

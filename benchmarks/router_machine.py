@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +27,8 @@ def _processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.machine()
+
+
+def without_paths(command: Sequence[str] | None) -> list[str] | None:
+    """A command line without this machine's folders."""
+    return None if command is None else [Path(word).name if word.startswith("/") else word for word in command]
