@@ -19,10 +19,12 @@ import contextlib
 import difflib
 import io
 import json
+import multiprocessing
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -206,6 +208,26 @@ def compile_rows(driver: CompilingDriver, cases: Sequence[Case]) -> list[Row]:
     return list(found.values())
 
 
+_STRETCH = 4  # cases that a process compiles at a time
+
+
+def warm(cases: Sequence[Case]) -> None:
+    """Compile into the cache side by side, where there is nothing yet: one process takes minutes for all."""
+    processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if processes == 1 or len(cases) <= processes or any(cache_directory().glob(f"triton-{triton.__version__}/*.json")):
+        return
+    # Neighbours in the list launch the same kernels: each process takes a stretch of it.
+    labels = [case.label for case in cases]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_warm, (labels[i : i + _STRETCH] for i in range(0, len(labels), _STRETCH))))
+
+
+def _warm(labels: list[str]) -> None:
+    driver = CompilingDriver(cache_directory())
+    triton.runtime.driver.set_active(driver)
+    compile_rows(driver, [case for case in all_cases() if case.label in labels])
+
+
 def _parameters(source: Any, metadata: Any) -> str:
     """The numbers that distinguish a kernel's configurations: its compile-time constants, warps and stages."""
     names = source.fn.arg_names
@@ -259,9 +281,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if numerics.INTERPRET.value:
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
+    cases = [case for case in all_cases() if arguments.only in case.label]
+    warm(cases)
     driver = CompilingDriver(cache_directory())
     triton.runtime.driver.set_active(driver)
-    rows = compile_rows(driver, [case for case in all_cases() if arguments.only in case.label])
+    rows = compile_rows(driver, cases)
     faults = [fault for row in rows for fault in row.faults()]
     page = PAGE.read_text()
     found = table(rows)

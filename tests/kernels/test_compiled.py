@@ -14,6 +14,7 @@ from tests.kernels import mode
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.timeout(2400)  # without a cache, minutes of compiling
 def test_the_table_is_what_the_kernels_compile_to() -> None:
     # In a process of its own: in this one, kernels are interpreted.
     environment = {name: value for name, value in os.environ.items() if name != mode.VARIABLE}

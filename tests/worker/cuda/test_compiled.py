@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tests.kernels import mode
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.timeout(2400)  # without a cache, minutes of compiling
 def test_every_launch_of_a_model_compiles_for_sm_90() -> None:
     # In a process of its own: in this one, kernels are interpreted.
     environment = {name: value for name, value in os.environ.items() if name != mode.VARIABLE}
