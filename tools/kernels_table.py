@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import functools
 import io
 import json
 import multiprocessing
@@ -223,9 +224,15 @@ def warm(cases: Sequence[Case]) -> None:
 
 
 def _warm(labels: list[str]) -> None:
+    compile_rows(_driver(), [case for case in all_cases() if case.label in labels])
+
+
+@functools.cache
+def _driver() -> CompilingDriver:
+    """The one of this process: kernels stay with the driver that first compiled them."""
     driver = CompilingDriver(cache_directory())
     triton.runtime.driver.set_active(driver)
-    compile_rows(driver, [case for case in all_cases() if case.label in labels])
+    return driver
 
 
 def _parameters(source: Any, metadata: Any) -> str:
@@ -283,9 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
     cases = [case for case in all_cases() if arguments.only in case.label]
     warm(cases)
-    driver = CompilingDriver(cache_directory())
-    triton.runtime.driver.set_active(driver)
-    rows = compile_rows(driver, cases)
+    rows = compile_rows(_driver(), cases)
     faults = [fault for row in rows for fault in row.faults()]
     page = PAGE.read_text()
     found = table(rows)
