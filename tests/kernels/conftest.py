@@ -22,7 +22,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
         pytest.skip("no CUDA device")
     if mode.interpreted():
         pytest.skip("kernels run in the interpreter in this process; on the device: pytest -m gpu")
-    return torch.device("cuda")
+    return torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)

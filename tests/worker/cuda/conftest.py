@@ -7,24 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from tests.kernels import mode
+from tests.kernels.conftest import device  # noqa: F401
 
 
 def pytest_configure(config: pytest.Config) -> None:
     mode.choose(config)
-
-
-@pytest.fixture(params=["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where the backend computes."""
-    if request.param == "interpreter":
-        if not mode.interpreted():
-            pytest.skip("pytest -m gpu runs kernels compiled, in this process")
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if mode.interpreted():
-        pytest.skip("kernels run in the interpreter in this process; on the device: pytest -m gpu")
-    return torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)

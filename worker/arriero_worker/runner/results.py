@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from arriero_worker.engine.step import SampledLogprobs, StepResult
-from arriero_worker.runner.batch import PromptRows
+from arriero_worker.runner.batch import BatchState, PromptRows, Step
 
 
 class ResultChannel(Protocol):
@@ -70,6 +70,13 @@ class ResultLayout:
     prompts: list[PromptRows]
     """The other L rows."""
     vocab: int
+
+    @classmethod
+    def of(cls, step: Step, state: BatchState, vocab_size: int) -> ResultLayout:
+        """Of a step, as every rank knows it."""
+        tops_N = state.logprobs_S.take(step.slots_N)
+        asked = np.flatnonzero(tops_N >= 0)
+        return cls(step.number, step.slots_N, asked, tops_N[asked].tolist(), step.prompts, vocab_size)
 
     @property
     def rows(self) -> int:

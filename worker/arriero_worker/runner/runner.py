@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 
 from arriero_worker.engine.step import StepPlan, StepResult
@@ -75,7 +74,7 @@ class Runner:
             self._catch_up(plan.step - self._pipeline)
         with self._changed:
             step = self._state.apply(plan)
-        layout = self._layout(step)
+        layout = ResultLayout.of(step, self._state, self._vocab)
         if self._sampler is not None:
             self._sampler.admit(plan.admits)
         with torch.no_grad():
@@ -116,11 +115,6 @@ class Runner:
         with self._changed:
             self._closed = self._closed or reason
             self._changed.notify_all()
-
-    def _layout(self, step: Step) -> ResultLayout:
-        tops_N = self._state.logprobs_S.take(step.slots_N)
-        asked = np.flatnonzero(tops_N >= 0)
-        return ResultLayout(step.number, step.slots_N, asked, tops_N[asked].tolist(), step.prompts, self._vocab)
 
     def _finish(self, step: Step, layout: ResultLayout, logits_RV: torch.Tensor) -> StepResult | None:
         """On the last stage: sample, keep the tokens, and tell whom they concern."""

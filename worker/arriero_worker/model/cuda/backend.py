@@ -6,6 +6,8 @@ for the device either, and no launch depends on a value that lies there; so a fo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from arriero_kernels.decode_attention import decode_attention
@@ -141,20 +143,9 @@ class CudaBackend:
         if form is None:
             out_TH = self._take("normed", *residual_TH.shape)
             return add_rms_norm(residual_TH, delta_TH, weight_H, eps, out_TH=out_TH, tuning=self._tuning)
-        codes, scales = self._codes("normed", len(residual_TH), residual_TH.shape[1], form)
-        add_rms_norm_quantized(
-            residual_TH,
-            delta_TH,
-            weight_H,
-            eps,
-            dtype=form.dtype,
-            scaling=form.scaling,
-            group=form.group,
-            out_TH=codes,
-            scales=scales,
-            tuning=self._tuning,
-        )
-        return Quantized(codes, scales)
+        result, how = self._quantizing("normed", len(residual_TH), residual_TH.shape[1], form)
+        add_rms_norm_quantized(residual_TH, delta_TH, weight_H, eps, out_TH=result.codes_TK, **how)
+        return result
 
     def add(self, residual_TH: torch.Tensor, delta_TH: torch.Tensor) -> torch.Tensor:
         return residual_TH.add_(delta_TH)
@@ -223,35 +214,18 @@ class CudaBackend:
             )
         if into is None or into.form is None:
             return out
-        codes, row_scales = self._codes("attended", t, shape.q_size, into.form)
-        form = into.form
-        quantize(
-            out,
-            dtype=form.dtype,
-            scaling=form.scaling,
-            group=form.group,
-            out_TN=codes,
-            scales=row_scales,
-            tuning=self._tuning,
-        )
-        return Quantized(codes, row_scales)
+        result, how = self._quantizing("attended", t, shape.q_size, into.form)
+        quantize(out, out_TN=result.codes_TK, **how)
+        return result
 
     def silu_mul(self, gate_up: torch.Tensor, into: Linear | None = None) -> Input:
         t, i = len(gate_up), gate_up.shape[1] // 2
         form = None if into is None else into.form
         if form is None:
             return silu_mul(gate_up, out_TI=self._take("activated", t, i), tuning=self._tuning)
-        codes, scales = self._codes("activated", t, i, form)
-        silu_mul_quantized(
-            gate_up,
-            dtype=form.dtype,
-            scaling=form.scaling,
-            group=form.group,
-            out_TI=codes,
-            scales=scales,
-            tuning=self._tuning,
-        )
-        return Quantized(codes, scales)
+        result, how = self._quantizing("activated", t, i, form)
+        silu_mul_quantized(gate_up, out_TI=result.codes_TK, **how)
+        return result
 
     def logits(self, x_RH: Input, head: Linear) -> torch.Tensor:
         assert isinstance(x_RH, torch.Tensor)
@@ -262,7 +236,10 @@ class CudaBackend:
     def _take(self, name: str, *sizes: int) -> torch.Tensor:
         return self.workspace.take(name, *sizes, dtype=self.dtype)
 
-    def _codes(self, name: str, t: int, n: int, form: Form) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = self.workspace.take(name, t, n, dtype=form.dtype)
+    def _quantizing(self, name: str, t: int, n: int, form: Form) -> tuple[Quantized, dict[str, Any]]:
+        """Where a quantising operation writes to, and what tells it how, but for the name of its output."""
         sizes = (t, -(-n // form.group)) if form.scaling.name == "GROUP" else (t,)
-        return codes, self.workspace.take(f"{name}_scales", *sizes, dtype=torch.float32)
+        scales = self.workspace.take(f"{name}_scales", *sizes, dtype=torch.float32)
+        result = Quantized(self.workspace.take(name, t, n, dtype=form.dtype), scales)
+        how = {"dtype": form.dtype, "scaling": form.scaling, "group": form.group, "scales": scales}
+        return result, {**how, "tuning": self._tuning}

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 
 from arriero_kernels.tuning import Tuning
@@ -104,7 +103,7 @@ class DeviceRunner:
                 self._catch_up(plan.step - self._pipeline)
             self._check_open()
             step = self._state.apply(plan)
-            layout = self._layout(step)
+            layout = ResultLayout.of(step, self._state, self._vocab)
             placed = self._inputs.place(step, self._last_S if first else None)
             hidden = None
             if not first:
@@ -143,11 +142,6 @@ class DeviceRunner:
         with self._changed:
             self._closed = self._closed or reason
             self._changed.notify_all()
-
-    def _layout(self, step: Step) -> ResultLayout:
-        tops_N = self._state.logprobs_S.take(step.slots_N)
-        asked = np.flatnonzero(tops_N >= 0)
-        return ResultLayout(step.number, step.slots_N, asked, tops_N[asked].tolist(), step.prompts, self._vocab)
 
     def _finish(
         self, plan: StepPlan, step: Step, layout: ResultLayout, placed: Placed, logits_RV: torch.Tensor
